@@ -1,0 +1,200 @@
+"""The operators that hikui adds to the graph: `torch.ops.hikui.*`.
+
+Each has a schema, a meta kernel (shapes, also symbolic ones) and a reference kernel in torch that says what a backend
+must compute. Importing this module registers them. docs/architecture.md lists shapes and dtypes.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hikui.lowering import formats
+from hikui.lowering.formats import SUM_WIDTH, Format
+
+NAMESPACE = "hikui"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_PACKED_A8 = "Tensor q, Tensor q_scale, Tensor q_sums, Tensor weight, Tensor scale, Tensor? bias"
+
+
+def _define(schema: str, reference: Callable[..., object], meta: Callable[..., object]) -> None:
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", meta, lib=_library)
+
+
+@lru_cache(maxsize=256)
+def _format(text: str) -> Format:
+    return Format.parse(text)
+
+
+# ── mask and cache ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _causal_mask(past: Tensor, tokens: int, context: int) -> Tensor:
+    rows = past + torch.arange(tokens, device=past.device)
+    hidden = torch.arange(context, device=past.device) > rows[:, None]
+    return torch.zeros(1, 1, tokens, context).masked_fill(hidden, float("-inf"))
+
+
+def _causal_mask_meta(past: Tensor, tokens: int, context: int) -> Tensor:
+    return past.new_empty((1, 1, tokens, context), dtype=torch.float32)
+
+
+def _cache_update(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
+    at = past + torch.arange(new.shape[2], device=past.device)
+    return cache.index_copy(2, at, new).contiguous()
+
+
+def _cache_update_meta(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
+    return torch.empty_like(cache, memory_format=torch.contiguous_format)
+
+
+# ── linear ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, n: int) -> Tensor:
+    dense = formats.unpack(_format(format), weight, scale, n, x.shape[-1])
+    return F.linear(x, dense, bias)
+
+
+def _linear_meta(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, format: str, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n), dtype=torch.float32)
+
+
+def _activation_meta(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lead, kq = x.shape[:-1], formats.activation_k(int(x.shape[-1]))
+    return (
+        x.new_empty((*lead, kq), dtype=torch.int8),
+        x.new_empty(tuple(lead), dtype=torch.float32),
+        x.new_empty((*lead, kq // SUM_WIDTH), dtype=torch.int32),
+    )
+
+
+def _linear_a8(
+    q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, n: int
+) -> Tensor:
+    fmt = _format(format)
+    blocks, groups, rows = scale.shape
+    kp = weight.shape[1] * (8 if fmt.kind == "int4" else 4)
+    codes = formats.unpack_codes(fmt, weight, blocks * rows, kp).view(blocks * rows, groups, kp // groups)[:n]
+    scales = scale.transpose(1, 2).reshape(blocks * rows, groups)[:n]
+    # Torch has no quick integer product; the narrowest float that holds every partial sum exactly gives the same sums.
+    largest = kp // groups * 127 * max(map(abs, fmt.levels))
+    exact = torch.float32 if largest <= 2**24 else torch.float64
+    grouped = q[..., :kp].reshape(-1, groups, kp // groups).to(exact)
+    dots = torch.bmm(grouped.transpose(0, 1), codes.permute(1, 2, 0).to(exact))
+    y = (dots.double() * scales.t().double()[:, None]).sum(0) * q_scale.reshape(-1, 1).double()
+    y = y.float() if bias is None else (y + bias.double()).float()
+    return y.reshape(*q.shape[:-1], n).contiguous()
+
+
+def _linear_a8_meta(
+    q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, n: int
+) -> Tensor:
+    return q.new_empty((*q.shape[:-1], n), dtype=torch.float32)
+
+
+def _linear_a8_branch(
+    q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    x: Tensor, a: Tensor, b: Tensor, format: str, n: int,
+) -> Tensor:  # fmt: skip
+    y = _linear_a8(q, q_scale, q_sums, weight, scale, bias, format, n)
+    rank, fmt = b.shape[1], _format("float16")
+    t = F.linear(x, formats.unpack(fmt, a, None, rank, x.shape[-1]))
+    return y + F.linear(t, formats.unpack(fmt, b, None, n, rank))
+
+
+def _linear_a8_branch_meta(
+    q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None,
+    x: Tensor, a: Tensor, b: Tensor, format: str, n: int,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((*q.shape[:-1], n), dtype=torch.float32)
+
+
+# ── norm, SwiGLU, rotary, attention ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+
+
+def _rms_norm_quantize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = _rms_norm(x, weight, eps)
+    return (y, *formats.quantize_activation(y))
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _swiglu_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = _swiglu(gate, up)
+    return (y, *formats.quantize_activation(y))
+
+
+def _like_meta(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _like_quantize_meta(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (_like_meta(x), *_activation_meta(x))
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.chunk(2, dim=-1)
+    return x * cos.unsqueeze(1) + torch.cat((-high, low), dim=-1) * sin.unsqueeze(1)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    keys, values = _cache_update(key_cache, k, past), _cache_update(value_cache, v, past)
+    repeat, mask = q.shape[1] // k.shape[1], _causal_mask(past, q.shape[2], key_cache.shape[2])
+    out = F.scaled_dot_product_attention(
+        q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), attn_mask=mask, scale=scale
+    )
+    return out.contiguous(), keys, values
+
+
+def _attention_meta(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, past: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _like_meta(q), _like_meta(key_cache), _like_meta(value_cache)
+
+
+_define("causal_mask(Tensor past, SymInt tokens, int context) -> Tensor", _causal_mask, _causal_mask_meta)
+_define("cache_update(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_update, _cache_update_meta)
+_define(
+    "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str format, int out_features) -> Tensor",
+    _linear,
+    _linear_meta,
+)
+_define("quantize_activation(Tensor x) -> (Tensor, Tensor, Tensor)", formats.quantize_activation, _activation_meta)
+_define(f"linear_a8({_PACKED_A8}, str format, int out_features) -> Tensor", _linear_a8, _linear_a8_meta)
+_define(
+    f"linear_a8_branch({_PACKED_A8}, Tensor x, Tensor a, Tensor b, str format, int out_features) -> Tensor",
+    _linear_a8_branch,
+    _linear_a8_branch_meta,
+)
+_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _like_meta)
+_define(
+    "rms_norm_quantize(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    _rms_norm_quantize,
+    _like_quantize_meta,
+)
+_define("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _like_meta)
+_define(
+    "swiglu_quantize(Tensor gate, Tensor up) -> (Tensor, Tensor, Tensor, Tensor)", _swiglu_quantize, _like_quantize_meta
+)
+_define("rotary(Tensor x, Tensor cos, Tensor sin) -> Tensor", _rotary, _like_meta)
+_define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor past, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _attention,
+    _attention_meta,
+)

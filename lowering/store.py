@@ -1,0 +1,177 @@
+"""Where weights live: outside the graph, named, loaded one at a time.
+
+A store maps a key to a source. Sources of a checkpoint read from its files on demand; tensors that a pass makes go to a
+scratch folder, or stay in memory where there is none. Tensors never change once stored, so a fork is a copied index.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hikui.lowering.errors import HikuiError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Dtype and shape of what `load` gives."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Something that can produce one tensor, again and again, always the same."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    def load(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class MemoryTensor:
+    """A tensor that is simply kept."""
+
+    tensor: Tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        return TensorInfo(self.tensor.dtype, tuple(self.tensor.shape))
+
+    def load(self) -> Tensor:
+        return self.tensor
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """A contiguous little-endian tensor inside a file, read anew at each load so that nothing of it stays resident.
+
+    Attributes:
+        widen: give bf16 and f16 as float32 (checkpoints); packed weights and scales keep their dtype.
+    """
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    widen: bool = False
+
+    @property
+    def info(self) -> TensorInfo:
+        narrow = self.widen and self.dtype in (torch.bfloat16, torch.float16)
+        return TensorInfo(torch.float32 if narrow else self.dtype, self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor takes in its file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def load(self) -> Tensor:
+        """Reads the tensor.
+
+        Raises:
+            HikuiError: the file is gone or ends before the tensor does.
+        """
+        buffer = bytearray(self.nbytes)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                read, view = 0, memoryview(buffer)
+                while read < self.nbytes and (got := file.readinto(view[read:])):
+                    read += got
+        except OSError as error:
+            raise HikuiError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if read < self.nbytes:
+            missing = self.nbytes - read
+            raise HikuiError(f"{self.path} ends inside a tensor: {missing} bytes are missing; fetch it again.")
+        if not buffer:
+            return torch.empty(self.shape, dtype=self.info.dtype)
+        tensor = torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
+        return tensor.to(self.info.dtype)
+
+
+class WeightStore:
+    """A named set of immutable tensors.
+
+    Args:
+        sources: where each tensor comes from.
+        scratch: folder for tensors that passes make; None keeps them in memory.
+    """
+
+    def __init__(self, sources: dict[str, TensorSource], scratch: Path | None = None) -> None:
+        self._sources = dict(sources)
+        self.scratch = scratch
+
+    @staticmethod
+    def in_memory(tensors: dict[str, Tensor]) -> "WeightStore":
+        return WeightStore({key: MemoryTensor(tensor) for key, tensor in tensors.items()})
+
+    @staticmethod
+    def from_sources(sources: dict[str, TensorSource], scratch: Path | None = None) -> "WeightStore":
+        return WeightStore(sources, scratch)
+
+    def keys(self) -> list[str]:
+        return sorted(self._sources)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._sources
+
+    def _source(self, key: str) -> TensorSource:
+        if key not in self._sources:
+            raise HikuiError(f"The weight store has no tensor '{key}'.")
+        return self._sources[key]
+
+    def info(self, key: str) -> TensorInfo:
+        return self._source(key).info
+
+    def load(self, key: str) -> Tensor:
+        """The tensor of that name; treat it as read-only."""
+        return self._source(key).load()
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Stores a tensor under a name, replacing what this store (not its forks) had there."""
+        tensor = tensor.detach().contiguous()
+        self._sources[key] = MemoryTensor(tensor) if self.scratch is None else self._write(key, tensor, self.scratch)
+
+    def alias(self, key: str, source: TensorSource) -> None:
+        """Names a source that is read lazily, such as a transposed view of another tensor."""
+        self._sources[key] = source
+
+    def source(self, key: str) -> TensorSource:
+        return self._source(key)
+
+    def drop(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._sources.pop(key, None)
+
+    def fork(self) -> "WeightStore":
+        """A store with the same tensors, whose changes this one does not see."""
+        return WeightStore(self._sources, self.scratch)
+
+    @staticmethod
+    def _write(key: str, tensor: Tensor, scratch: Path) -> FileTensor:
+        # The name holds the content, because a fork may put another tensor under the same key.
+        data = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+        digest = hashlib.sha256(data)
+        digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        path = scratch / f"{digest.hexdigest()}.bin"
+        if not path.exists():
+            scratch.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            try:
+                partial.write_bytes(data)
+                partial.replace(path)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise HikuiError(f"{scratch} cannot take the tensor '{key}': {error.strerror}.") from error
+        return FileTensor(path, 0, tensor.dtype, tuple(tensor.shape))

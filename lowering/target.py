@@ -1,0 +1,104 @@
+"""The machines that an artefact can be made for."""
+
+import platform
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from hikui.lowering.errors import HikuiError, UsageError
+
+_X86_V3 = ("avx2", "bmi2", "f16c", "fma")
+_X86_VNNI = (*_X86_V3, "avx512bw", "avx512dq", "avx512f", "avx512vl", "avx512_vnni")
+_ARM_V8 = ("asimd", "fp")
+_ARM_V82 = (*_ARM_V8, "asimddp", "asimdhp", "atomics", "fphp")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of machine.
+
+    Attributes:
+        name: what the user writes.
+        triple: GNU triple of its userland.
+        isas: kernel variants that the artefact carries, best last; the board picks one.
+        cpu: LLVM's name of the CPU for the code that is not a kernel.
+        attributes: LLVM features added to that CPU's.
+        features: what the board must offer, under the names of Linux's /proc/cpuinfo.
+        emulator_cpu: `-cpu` of qemu-user that stands for this machine, or None.
+        description: one line for `hikui targets`.
+    """
+
+    name: str
+    triple: str
+    isas: tuple[str, ...]
+    cpu: str
+    attributes: tuple[str, ...]
+    features: tuple[str, ...]
+    emulator_cpu: str | None
+    description: str
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "x86-64-v3", "x86_64-linux-gnu", ("avx2",), "x86-64-v3", (), _X86_V3, None,
+            "x86-64 with AVX2 (Haswell, Zen and later)",
+        ),
+        Target(
+            "x86-64-vnni", "x86_64-linux-gnu", ("avx2", "avx512vnni"), "x86-64-v4", ("+avx512vnni",), _X86_VNNI, None,
+            "x86-64 with AVX-512 VNNI (Ice Lake, Zen 4 and later)",
+        ),
+        Target(
+            "raspberry-pi-4", "aarch64-linux-gnu", ("neon",), "cortex-a72", ("+neon",), _ARM_V8, "cortex-a72",
+            "Raspberry Pi 4: Cortex-A72, ARMv8.0 without dot product",
+        ),
+        Target(
+            "raspberry-pi-5", "aarch64-linux-gnu", ("neon", "dotprod"), "cortex-a76", ("+neon", "+dotprod"), _ARM_V82,
+            "cortex-a76", "Raspberry Pi 5: Cortex-A76, ARMv8.2 with dot product",
+        ),
+        Target(
+            "jetson-orin", "aarch64-linux-gnu", ("neon", "dotprod"), "cortex-a78ae", ("+neon", "+dotprod"), _ARM_V82,
+            "cortex-a76", "Jetson Orin: Cortex-A78AE (its CPU)",
+        ),
+    )
+}  # fmt: skip
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What this machine's CPU offers, as Linux names it."""
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip().lower() in ("flags", "features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def machine_triple() -> str:
+    return f"{platform.machine()}-linux-gnu"
+
+
+def missing_features(target: Target) -> tuple[str, ...]:
+    """The features that the target needs and this machine lacks, sorted."""
+    return tuple(sorted(set(target.features) - cpu_features()))
+
+
+def resolve(name: str) -> Target:
+    """The target of that name; `host` is the best one that this machine can run.
+
+    Raises:
+        UsageError: no such target.
+        HikuiError: `host` on a machine that no target fits.
+    """
+    if name == "host":
+        fitting = [t for t in TARGETS.values() if t.triple == machine_triple() and not missing_features(t)]
+        if not fitting:
+            raise HikuiError(
+                f"No target fits this machine ({platform.machine()}); name one of {', '.join(TARGETS)} with --target."
+            )
+        return max(fitting, key=lambda target: len(target.features))
+    if name not in TARGETS:
+        near = get_close_matches(name, [*TARGETS, "host"], n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"Target '{name}' is not known; the targets are host, {', '.join(TARGETS)}.{hint}")
+    return TARGETS[name]

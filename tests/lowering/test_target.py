@@ -1,0 +1,27 @@
+"""Targets."""
+
+import platform
+from pathlib import Path
+
+import pytest
+
+from hikui.lowering.errors import UsageError
+from hikui.lowering.target import TARGETS, cpu_features, resolve
+
+
+def test_the_features_of_a_cpu_are_read_on_both_architectures(tmp_path: Path) -> None:
+    x86, arm = tmp_path / "x86", tmp_path / "arm"
+    x86.write_text("processor\t: 0\nflags\t\t: fpu avx2 fma\n")
+    arm.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp\n")
+    assert cpu_features(x86) == {"fpu", "avx2", "fma"}
+    assert cpu_features(arm) == {"fp", "asimd", "asimddp"}
+
+
+def test_unknown_target_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean raspberry-pi-5"):
+        resolve("raspberypi-5")
+
+
+def test_host_is_one_of_the_targets() -> None:
+    host = resolve("host")
+    assert host in TARGETS.values() and host.triple == f"{platform.machine()}-linux-gnu"
