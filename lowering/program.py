@@ -7,6 +7,7 @@ output is the logits and the new caches.
 import copy
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ class Program:
     def propagate(self, *, everything: bool = False) -> None:
         """Fills in meta["val"] where a pass left it out (or everywhere), in the mode that holds the symbol of T."""
         mode = self.fake_mode
-        with mode, torch.no_grad():
+        # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
+        unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+        with mode, torch.no_grad(), unguarded:
             for node in self.graph.nodes:
                 if node.op == "call_function" and (everything or "val" not in node.meta):
                     node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
@@ -188,14 +191,12 @@ class Program:
         )
         in_spec = pytree.tree_structure((tuple(0 for _ in placeholders), {}))
         out_spec = pytree.tree_structure(tuple(0 for _ in outputs))
-        call = ModuleCallSignature(
-            inputs=[TensorArgument(node.name) for node in placeholders],
-            outputs=[TensorArgument(node.name) for node in outputs],
-            in_spec=in_spec,
-            out_spec=out_spec,
-        )
-        shape_env = self.fake_mode.shape_env
-        ranges = {} if shape_env is None else dict(shape_env.var_to_range)
+        # As torch.export leaves it: no names at the root, because decomposing the program renames nodes.
+        call = ModuleCallSignature(inputs=[], outputs=[], in_spec=in_spec, out_spec=out_spec)
+        shape_env, length = self.fake_mode.shape_env, self.input_nodes()[0].meta["val"].shape[1]
+        # The environment may hold symbols of traces past; only T belongs to this program.
+        symbols = set() if shape_env is None or isinstance(length, int) else length.node.expr.free_symbols
+        ranges = {symbol: shape_env.var_to_range[symbol] for symbol in symbols} if shape_env is not None else {}
         return ExportedProgram(
             root=torch.nn.Module(),
             graph=clone.graph,

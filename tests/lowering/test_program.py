@@ -11,7 +11,9 @@ from hikui.lowering.interpreter import Interpreter, ReferenceRunner, block_segme
 from hikui.lowering.printer import diff, to_text
 from hikui.lowering.program import Program
 from hikui.lowering.store import FileTensor, WeightStore
+from hikui.lowering.trace import trace
 from hikui.lowering.verifier import verify
+from hikui.models.synthetic import tiny_model
 
 from . import handmade
 
@@ -70,6 +72,14 @@ def test_propagate_restores_metadata(program: Program) -> None:
         verify(clone)
     clone.recompile()
     assert to_text(clone) == to_text(program)
+
+
+def test_propagate_leaves_the_range_of_t() -> None:
+    """Broadcasting over T must not narrow it to what is not 1: decoding runs with T = 1."""
+    program = trace(tiny_model("gpt2"))
+    program.propagate(everything=True)
+    (ranged,) = program.to_exported_program().range_constraints.values()
+    assert (ranged.lower, ranged.upper) == (1, program.config.context_length)
 
 
 def test_blocks_see_every_chunk_and_load_each_weight_once(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

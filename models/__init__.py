@@ -1,0 +1,1 @@
+"""The reference model, and shapes of models for synthetic checkpoints."""

@@ -1,0 +1,30 @@
+"""Fixtures that every room shares."""
+
+import os
+
+# Before torch and NumPy are imported: small tests are quickest on one thread, and their sums stay the same.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and texts that may lie beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "assets" / "models").is_dir():
+        pytest.skip("the folder `shared` with the real models and texts does not lie beside the checkout")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The checkpoint of the reference model that the project ships."""
+    from hikui.models import reference
+
+    return reference.path()
