@@ -1,1 +1,72 @@
-"""The passes: one file each."""
+"""The passes: one file each.
+
+`PASSES` are those that come with hikui; installed packages add theirs through entry points of the group
+`hikui.passes`, and `available` gives both.
+"""
+
+from importlib.metadata import entry_points
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.passes_base import Pass
+from hikui.passes.activation import Activation
+from hikui.passes.assign import Assign
+from hikui.passes.calibrate import Calibrate
+from hikui.passes.canonicalise import Canonicalise
+from hikui.passes.dead_code import DeadCode
+from hikui.passes.fuse import Fuse
+from hikui.passes.override import Override
+from hikui.passes.pack import Pack
+from hikui.passes.rtn import Rtn
+from hikui.passes.sensitivity import Sensitivity
+from hikui.passes.sub_branch import SubBranch
+
+__all__ = [
+    "ENTRY_POINTS",
+    "PASSES",
+    "Activation",
+    "Assign",
+    "Calibrate",
+    "Canonicalise",
+    "DeadCode",
+    "Fuse",
+    "Override",
+    "Pack",
+    "Rtn",
+    "Sensitivity",
+    "SubBranch",
+    "available",
+]
+
+PASSES: tuple[type[Pass], ...] = (
+    Canonicalise,
+    Calibrate,
+    Sensitivity,
+    Override,
+    Assign,
+    Rtn,
+    SubBranch,
+    Activation,
+    Fuse,
+    Pack,
+    DeadCode,
+)
+"""In the order in which a recipe usually has them."""
+
+ENTRY_POINTS = "hikui.passes"
+
+
+def available() -> tuple[type[Pass], ...]:
+    """The passes of hikui and of installed third parties, by name.
+
+    Raises:
+        HikuiError: an entry point is no pass, or takes a name that is taken.
+    """
+    found = {kind.name: kind for kind in PASSES}
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: (entry.name, entry.value)):
+        kind = entry.load()
+        if not (isinstance(kind, type) and issubclass(kind, Pass)):
+            raise HikuiError(f"Entry point {entry.name} of group {ENTRY_POINTS} ({entry.value}) is no pass.")
+        if kind.name in found:
+            raise HikuiError(f"Entry point {entry.value} brings a pass '{kind.name}', a name that is taken.")
+        found[kind.name] = kind
+    return tuple(found.values())

@@ -1,0 +1,1 @@
+"""What the passes look for in a graph. A matcher gives a match, or a NoMatch that says why not and where."""
