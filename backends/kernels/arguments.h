@@ -1,0 +1,46 @@
+/* Checking the arguments of a call: every public function reads them through these. */
+#ifndef HIKUI_ARGUMENTS_H
+#define HIKUI_ARGUMENTS_H
+
+#include "internal.h"
+
+enum element { INT8_ELEMENT, UINT8_ELEMENT, INT32_ELEMENT, INT64_ELEMENT, FLOAT16_ELEMENT, FLOAT32_ELEMENT };
+
+/* The call being checked: the first error stays. */
+struct call {
+  const char* name;
+  const hikui_any* args;
+  int failed;
+};
+
+/* A contiguous tensor as a matrix: all leading dimensions are rows. */
+struct view {
+  const char* name;
+  void* data;
+  int32_t ndim;
+  const int64_t* shape;
+  int64_t rows, columns, count;
+};
+
+/* Starts a call; not 0 where the number of arguments is wrong. */
+int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted);
+
+struct view hikui_take_tensor(struct call* call, int index, const char* name, enum element element);
+
+double hikui_take_number(struct call* call, int index, const char* name);
+
+void hikui_expect_count(struct call* call, const struct view* view, int64_t count);
+
+/* rows × columns, whatever the leading dimensions are */
+void hikui_expect_matrix(struct call* call, const struct view* view, int64_t rows, int64_t columns);
+
+/* a packed tensor: [blocks, any, 16] or [blocks, any, 16, 4] */
+void hikui_expect_packed(struct call* call, const struct view* view, int64_t blocks, int32_t ndim);
+
+/* float32 [n], or [0] for none */
+void hikui_expect_bias(struct call* call, const struct view* view, int64_t n);
+
+/* [1, heads, rows, size] */
+void hikui_expect_heads(struct call* call, const struct view* view, int64_t heads, int64_t rows, int64_t size);
+
+#endif

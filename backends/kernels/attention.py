@@ -1,0 +1,149 @@
+"""Rotary embedding and attention over a key-value cache.
+
+Plain vector loops: at the lengths of a small board's context the products with the weights take nearly all of the time.
+"""
+# TVMScript's annotations are TIR types, which a Python type checker cannot know.
+# mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from hikui.backends.kernels.isa.base import splat, unrolled, vector
+from hikui.backends.kernels.mathematics import exponential, sum_of
+
+KEYS = 64
+"""Keys whose scores are held at once; between such blocks the softmax is rescaled."""
+
+LOWEST = -3.0e38
+"""Less than any score: its exponential, the smallest there is, adds nothing to a sum of at least one."""
+
+
+def rotary(name: str) -> Any:
+    """Rows [first, last) of heads · tokens: y = x · cos + rotate_half(x) · sin."""
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x_data: T.handle("float32"),
+        cos_data: T.handle("float32"),
+        sin_data: T.handle("float32"),
+        y_data: T.handle("float32"),
+        tokens: T.int64,
+        size: T.int64,
+        first: T.int64,
+        last: T.int64,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        x = T.decl_buffer((last * size,), "float32", data=x_data)
+        cos = T.decl_buffer((tokens * size,), "float32", data=cos_data)
+        sin = T.decl_buffer((tokens * size,), "float32", data=sin_data)
+        y = T.decl_buffer((last * size,), "float32", data=y_data)
+        half = size // 2
+        for row in range(first, last):
+            token = row % tokens
+            for k in range(half):
+                y[row * size + k] = (
+                    x[row * size + k] * cos[token * size + k] - x[row * size + half + k] * sin[token * size + k]
+                )
+            for k in range(half):
+                y[row * size + half + k] = (
+                    x[row * size + half + k] * cos[token * size + half + k]
+                    + x[row * size + k] * sin[token * size + half + k]
+                )
+
+    return kernel
+
+
+def attention(name: str) -> Any:
+    """Causal attention of rows [first, last) of heads · tokens over the first past + token + 1 keys of the caches.
+
+    Softmax in one sweep over the keys: a running maximum and sum, the output rescaled when the maximum grows. The
+    output row itself is the accumulator.
+    """
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q_data: T.handle("float32"),
+        key_data: T.handle("float32"),
+        value_data: T.handle("float32"),
+        out_data: T.handle("float32"),
+        heads: T.int64,
+        kv_heads: T.int64,
+        tokens: T.int64,
+        context: T.int64,
+        size: T.int64,
+        past: T.int64,
+        factor: T.float32,
+        first: T.int64,
+        last: T.int64,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        q = T.decl_buffer((last * size,), "float32", data=q_data)
+        key = T.decl_buffer((kv_heads * context * size,), "float32", data=key_data)
+        value = T.decl_buffer((kv_heads * context * size,), "float32", data=value_data)
+        out = T.decl_buffer((last * size,), "float32", data=out_data)
+        scores = T.alloc_buffer((KEYS,), "float32", scope="local")
+        lanes = T.alloc_buffer((32,), "float32", scope="local")
+        total = T.alloc_buffer((64,), "float32", scope="local")
+        state = T.alloc_buffer((4,), "float32", scope="local")
+        for row in range(first, last):
+            head = row // tokens // (heads // kv_heads)
+            columns = past + row % tokens + 1
+            state[0] = T.float32(LOWEST)
+            state[1] = T.float32(0)
+            for d in range(size):
+                out[row * size + d] = T.float32(0)
+            for block in range((columns + (KEYS - 1)) // KEYS):
+                width = T.min(columns - block * KEYS, KEYS)
+                start = (head * context + block * KEYS) * size
+                state[2] = state[0]
+                for j in range((width + 3) // 4):
+                    for i in unrolled(4):
+                        lanes[T.ramp(i * 8, 1, 8)] = splat(T.float32(0), 8)
+                    for d in range(size // 8):
+                        for i in unrolled(4):
+                            lanes[T.ramp(i * 8, 1, 8)] = vector(lanes, i * 8, 8) + vector(
+                                q, row * size + d * 8, 8
+                            ) * vector(key, start + T.min(j * 4 + i, width - 1) * size + d * 8, 8)
+                    for i in unrolled(4):
+                        # Beyond the last key its score is repeated, which changes no maximum and is not read again.
+                        state[3] = sum_of(vector(lanes, i * 8, 8), 8)
+                        for d in range(size // 8 * 8, size):
+                            state[3] = (
+                                state[3] + q[row * size + d] * key[start + T.min(j * 4 + i, width - 1) * size + d]
+                            )
+                        scores[j * 4 + i] = state[3] * factor
+                        state[2] = T.max(state[2], state[3] * factor)
+                state[3] = exponential(state[0] - state[2], 1)
+                state[0] = state[2]
+                state[1] = state[1] * state[3]
+                for j in range(width, KEYS):
+                    scores[j] = T.float32(LOWEST)
+                total[T.ramp(0, 1, 16)] = splat(T.float32(0), 16)
+                for j in unrolled(KEYS // 16):
+                    scores[T.ramp(j * 16, 1, 16)] = exponential(vector(scores, j * 16, 16) - splat(state[0], 16), 16)
+                    total[T.ramp(0, 1, 16)] = vector(total, T.int64(0), 16) + vector(scores, j * 16, 16)
+                state[1] = state[1] + sum_of(vector(total, T.int64(0), 16), 16)
+                for d in range(size // 16):
+                    total[T.ramp(0, 1, 16)] = vector(out, row * size + d * 16, 16) * splat(state[3], 16)
+                    for i in unrolled(3):
+                        total[T.ramp((i + 1) * 16, 1, 16)] = splat(T.float32(0), 16)
+                    # The last keys of four may lie beyond the width: their weight is about 1e-38.
+                    for j in range((width + 3) // 4):
+                        for i in unrolled(4):
+                            total[T.ramp(i * 16, 1, 16)] = vector(total, i * 16, 16) + (
+                                splat(scores[j * 4 + i], 16)
+                                * vector(value, start + T.min(j * 4 + i, width - 1) * size + d * 16, 16)
+                            )
+                    out[T.ramp(row * size + d * 16, 1, 16)] = (
+                        vector(total, T.int64(0), 16) + vector(total, T.int64(16), 16)
+                    ) + (vector(total, T.int64(32), 16) + vector(total, T.int64(48), 16))
+                for d in range(size // 16 * 16, size):
+                    state[2] = out[row * size + d] * state[3]
+                    for j in range(width):
+                        state[2] = state[2] + scores[j] * value[start + j * size + d]
+                    out[row * size + d] = state[2]
+            for d in range(size):
+                out[row * size + d] = out[row * size + d] / state[1]
+
+    return kernel

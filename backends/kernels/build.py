@@ -1,0 +1,161 @@
+"""Builds the kernel objects of a triple, once for each state of the sources and tools."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import platformdirs
+
+from hikui.lowering.errors import HikuiError
+
+_FOLDER = Path(__file__).resolve().parent
+_C_SOURCES = ("arguments.c", "dispatch.c", "runtime.c", "select.c")
+_C_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-c")
+_ZIG_GLIBC = "2.28"
+"""The glibc that objects built by zig are meant for; GCC's objects here need no newer one either."""
+
+HEADER = _FOLDER / "kernels.h"
+"""The C interface of the objects."""
+
+SYMBOLS = (
+    "hikui_quantize_activation",
+    "hikui_linear_a8_int4",
+    "hikui_linear_a8_int8",
+    "hikui_linear_a8_branch_int4",
+    "hikui_linear_a8_branch_int8",
+    "hikui_linear_float16",
+    "hikui_linear_float32",
+    "hikui_rms_norm",
+    "hikui_rms_norm_quantize",
+    "hikui_swiglu",
+    "hikui_swiglu_quantize",
+    "hikui_rotary",
+    "hikui_attention",
+)
+"""The public functions; the C symbol has `__tvm_ffi_` before it."""
+
+
+@dataclass(frozen=True)
+class KernelObjects:
+    """What a backend links.
+
+    Attributes:
+        paths: the object files; they need nothing but libc.
+        symbols: the public functions, without the prefix `__tvm_ffi_`.
+    """
+
+    paths: tuple[Path, ...]
+    symbols: tuple[str, ...]
+
+
+@cache
+def compiler(triple: str) -> tuple[str, ...]:
+    """The command of a C compiler for a triple: Debian's GCC, else zig from PyPI (the extra `cross`).
+
+    Raises:
+        HikuiError: there is neither.
+    """
+    names = [f"{triple}-gcc"]
+    if triple == f"{platform.machine()}-linux-gnu":
+        names += ["gcc", "cc"]
+    for name in names:
+        if shutil.which(name):
+            return (name,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "cc", "-target", f"{triple}.{_ZIG_GLIBC}")
+    raise HikuiError(
+        f"No C compiler for {triple} is here; install Debian's gcc-{triple.replace('_', '-')} or hikui[cross]."
+    )
+
+
+def build(triple: str, isas: Sequence[str], directory: Path) -> KernelObjects:
+    """Puts the object files of a triple into a folder; the same sources and tools give the same bytes.
+
+    Args:
+        triple: `x86_64-linux-gnu` or `aarch64-linux-gnu`.
+        isas: names of `isa.ISAS`, best last.
+        directory: where the files go; made if absent.
+
+    Raises:
+        HikuiError: no C compiler for the triple, the compiler fails, or the cache cannot be written.
+    """
+    try:
+        cached = _cached(triple, tuple(isas))
+    except OSError as error:
+        folder = platformdirs.user_cache_dir("hikui")
+        raise HikuiError(
+            f"The kernels cannot be kept in the cache {folder} ({error.strerror}); set XDG_CACHE_HOME to another."
+        ) from error
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for source in sorted(cached.glob("*.o")):
+        paths.append(directory / source.name)
+        shutil.copyfile(source, paths[-1])
+    return KernelObjects(tuple(paths), SYMBOLS)
+
+
+def _cached(triple: str, isas: tuple[str, ...]) -> Path:
+    command = compiler(triple)
+    folder = Path(platformdirs.user_cache_dir("hikui")) / "kernels" / _fingerprint(triple, isas, command)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-") as scratch:
+        made = Path(scratch) / "objects"
+        made.mkdir()
+        _compile(triple, isas, command, made, Path(scratch))
+        try:
+            os.rename(made, folder)
+        except OSError:
+            # Another process was quicker; its bytes are the same.
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def _fingerprint(triple: str, isas: tuple[str, ...], command: tuple[str, ...]) -> str:
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256()
+    for text in (triple, *isas, version, importlib.metadata.version("apache-tvm")):
+        digest.update(text.encode() + b"\0")
+    for path in sorted(p for p in _FOLDER.rglob("*") if p.suffix in (".py", ".c", ".h")):
+        digest.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _compile(triple: str, isas: tuple[str, ...], command: tuple[str, ...], directory: Path, scratch: Path) -> None:
+    # TVM takes seconds to import and only a fresh cache needs it.
+    from hikui.backends.kernels.compile import compile_isa
+    from hikui.backends.kernels.isa import ISAS
+
+    tables = []
+    for name in isas:
+        isa = ISAS[name]
+        if isa.triple != triple:
+            raise HikuiError(f"Instruction set {name} belongs to {isa.triple}, not to {triple}.")
+        compile_isa(name, directory / f"hikui_kernels_{name}.o")
+        tiles = (isa.single, isa.many, isa.float_single, isa.float_many)
+        tables.append(f"HIKUI_TABLE({name}, {', '.join(str(tile.blocks) for tile in tiles)})\n")
+    tables.append(f"static const struct kernel_table* const tables[] = {{{', '.join(f'&table_{n}' for n in isas)}}};\n")
+    tables.append(f'#define TABLE_NAMES "{", ".join(isas)}"\n')
+    (scratch / "isas.inc").write_text("".join(tables))
+    for source in _C_SOURCES:
+        target = directory / f"hikui_{Path(source).stem}.o"
+        run = subprocess.run(
+            [*command, *_C_FLAGS, f"-I{scratch}", source, "-o", str(target)],
+            capture_output=True,
+            text=True,
+            cwd=_FOLDER,
+        )
+        if run.returncode:
+            raise HikuiError(f"The C compiler {' '.join(command)} fails on {source}: {run.stderr.strip()}")

@@ -1,0 +1,169 @@
+"""The library as a whole: refusals, choice of the instruction set, the C ABI inside and outside TVM, builds."""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hikui.backends.kernels import SYMBOLS, build
+from hikui.backends.kernels.replay import Machine
+from hikui.backends.kernels.standalone import Library, link
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats import Format, pack, quantize_activation
+
+from .conftest import TRIPLES
+
+TRIPLE = f"{platform.machine()}-linux-gnu"
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return link(TRIPLE, TRIPLES[TRIPLE], tmp_path_factory.mktemp("library") / "kernels.so")
+
+
+@pytest.fixture(scope="module")
+def library(path: Path) -> Library:
+    return Library(path)
+
+
+def linear_arguments(m: int = 2, n: int = 40, k: int = 172) -> dict[str, Tensor]:
+    fmt = Format("int4", 64)
+    packed = pack(fmt, torch.ones(n, k, dtype=torch.int8), torch.ones(n, fmt.groups(k)))
+    assert packed.scale is not None
+    q, q_scale, q_sums = quantize_activation(torch.ones(m, k))
+    return {
+        "q": q,
+        "q_scale": q_scale,
+        "q_sums": q_sums,
+        "weight": packed.weight,
+        "scale": packed.scale,
+        "bias": torch.zeros(n),
+        "y": torch.zeros(m, n),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "sentence"),
+    [
+        ("q", torch.zeros(2, 256, dtype=torch.uint8), "q must be int8"),
+        ("q", torch.zeros(2, 128, dtype=torch.int8), "q_sums is 2 rows of 8 where 2 of 4"),
+        ("q", torch.zeros(256, 2, dtype=torch.int8).T, "q must be contiguous"),
+        ("q_scale", torch.ones(3), "q_scale has 3 elements where 2"),
+        ("weight", torch.zeros(2, 24, 16, 4, dtype=torch.uint8), "weight must be packed as [3, *, 16, 4]"),
+        ("weight", torch.zeros(3, 64, 16, 4, dtype=torch.uint8), "512 weight columns in 3 groups do not fit"),
+        ("scale", torch.zeros(3, 5, 16, dtype=torch.float16), "192 weight columns in 5 groups do not fit"),
+        ("scale", torch.zeros(3, 3, 16), "scale must be float16"),
+        ("bias", torch.zeros(39), "bias has 39 elements where 40 or 0"),
+        ("y", torch.zeros(3, 40), "y is 3 rows of 40 where 2 of 40"),
+        ("y", torch.zeros(2, 50), "weight must be packed as [4, *, 16, 4]"),
+    ],
+)
+def test_wrong_arguments_are_refused(library: Library, name: str, wrong: Tensor, sentence: str) -> None:
+    arguments = linear_arguments()
+    library("hikui_linear_a8_int4", *arguments.values())
+    arguments[name] = wrong
+    with pytest.raises(HikuiError) as refusal:
+        library("hikui_linear_a8_int4", *arguments.values())
+    text = str(refusal.value)
+    assert sentence in text
+    assert text.startswith("hikui_linear_a8_int4")
+    assert text.endswith(".")
+
+
+def test_wrong_calls_are_refused(library: Library) -> None:
+    row = torch.zeros(1, 8)
+    with pytest.raises(HikuiError, match=r"^hikui_swiglu takes 3 arguments, not 2\.$"):
+        library("hikui_swiglu", row, row)
+    with pytest.raises(HikuiError, match=r"^hikui_swiglu: argument 1, up, must be a tensor\.$"):
+        library("hikui_swiglu", row, 1.0, row)
+    with pytest.raises(HikuiError, match=r"^hikui_rms_norm: argument 2, eps, must be a number\.$"):
+        library("hikui_rms_norm", row, row[0], row, row)
+    heads, cache = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 8, 8)
+    with pytest.raises(HikuiError, match="3 tokens after 6 do not fit a cache of 8"):
+        library("hikui_attention", heads, heads, heads, cache, cache, torch.tensor([6]), 1.0, heads)
+    wide = torch.zeros(1, 3, 3, 8)
+    with pytest.raises(HikuiError, match="3 query heads cannot share 2 key-value heads"):
+        library("hikui_attention", wide, heads, heads, cache, cache, torch.tensor([0]), 1.0, wide)
+
+
+def test_no_rows_is_no_work(library: Library) -> None:
+    q, scale, sums = quantize_activation(torch.zeros(0, 64))
+    library("hikui_quantize_activation", torch.zeros(0, 64), q, scale, sums)
+    library("hikui_linear_a8_int4", *linear_arguments(m=0).values())
+
+
+def test_arm_board_without_dot_product_takes_plain_neon(arm: Callable[[str], Machine]) -> None:
+    if platform.machine() == "aarch64":
+        pytest.skip("the CPUs are emulated ones")
+    assert arm("cortex-a76").isa() == "dotprod"
+    assert arm("cortex-a72").isa() == "neon"
+    with pytest.raises(HikuiError, match="HIKUI_ISA asks for dotprod, which this CPU does not have"):
+        arm("cortex-a72").isa("dotprod")
+
+
+def test_unknown_instruction_set_is_refused(program: Callable[[str], Path]) -> None:
+    with pytest.raises(HikuiError, match=f"does not hold; it holds {', '.join(TRIPLES[TRIPLE])}"):
+        Machine(program(TRIPLE)).isa("avx9")
+
+
+def test_best_instruction_set_is_taken(library: Library, program: Callable[[str], Path]) -> None:
+    def available(isa: str) -> bool:
+        try:
+            return Machine(program(TRIPLE)).isa(isa) == isa
+        except HikuiError:
+            return False
+
+    assert library.isa() == [isa for isa in TRIPLES[TRIPLE] if available(isa)][-1]
+
+
+def test_inside_tvm_errors_are_exceptions_and_its_threads_are_used(path: Path, tmp_path: Path) -> None:
+    tvm = pytest.importorskip("tvm")
+    # A copy: a library that this process loaded before TVM has not seen TVM's error state.
+    module = tvm.runtime.load_module(str(shutil.copy(path, tmp_path)))
+    generator = torch.Generator().manual_seed(1)
+    gate, up = (torch.randn(64, 1024, generator=generator) for _ in range(2))
+    arrays = [tvm.runtime.tensor(tensor.numpy()) for tensor in (gate, up, torch.full_like(gate, torch.nan))]
+    module["hikui_swiglu"](*arrays)
+    alone = torch.full_like(gate, torch.nan)
+    Library(path)("hikui_swiglu", gate, up, alone)
+    assert torch.equal(torch.from_numpy(arrays[2].numpy()), alone)
+    with pytest.raises(ValueError, match="hikui_swiglu: up is 63 rows"):
+        module["hikui_swiglu"](arrays[0], tvm.runtime.tensor(up[1:].numpy()), arrays[2])
+
+
+@pytest.mark.parametrize(("triple", "isa"), [("x86_64-linux-gnu", "avx2"), ("aarch64-linux-gnu", "neon")])
+def test_builds_are_alike_and_need_only_libc(
+    triple: str, isa: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    builds = []
+    for name in ("first", "second"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name / "cache"))
+        builds.append(build(triple, (isa,), tmp_path / name / "objects"))
+    first, second = builds
+    assert first.symbols == SYMBOLS
+    assert [path.name for path in first.paths] == [path.name for path in second.paths]
+    assert [path.read_bytes() for path in first.paths] == [path.read_bytes() for path in second.paths]
+    names = subprocess.run(["nm", "-P", *map(str, first.paths)], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[:2] for line in names.splitlines() if len(line.split()) > 1]
+    defined = {name for name, kind in symbols if kind not in "Uw"}
+    needed = {name for name, kind in symbols if kind == "U"} - defined
+    libc = {"free", "getauxval", "getenv", "malloc", "memcpy", "memset", "strcmp", "vsnprintf", "__tls_get_addr"}
+    assert needed <= libc | {"_GLOBAL_OFFSET_TABLE_"}
+    assert {f"__tvm_ffi_{symbol}" for symbol in SYMBOLS} <= defined
+
+
+def test_instruction_set_of_another_triple_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(HikuiError, match="Instruction set neon belongs to aarch64-linux-gnu"):
+        build("x86_64-linux-gnu", ("neon",), tmp_path)
+
+
+def test_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(HikuiError, match=r"cannot be kept in the cache .*file.*; set XDG_CACHE_HOME"):
+        build(TRIPLE, TRIPLES[TRIPLE], tmp_path / "objects")

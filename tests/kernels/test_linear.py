@@ -1,0 +1,154 @@
+"""Products of the kernel library against references in integers and in float64."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from hikui.backends.kernels.replay import Recorded, Result
+from hikui.lowering.formats import Format, activation_k, pack, quantize_activation, unpack
+
+from .conftest import Runner, assert_done
+
+choose = random.Random(7)
+FORMATS = [f"{kind}-{group}" for kind in ("int4", "int8") for group in ("g32", "g64", "g128", "channel")]
+
+# M, N, K: remainders of the row tiles, of 16 output rows, of the streams, of 32 and 128 input columns.
+SHAPES = [(1, 1, 7), (1, 16, 32), (1, 33, 172), (1, 129, 300), (1, 200, 512), (2, 17, 172), (3, 48, 128)]
+SHAPES += [(4, 31, 40), (5, 100, 172), (8, 16, 160), (16, 20, 96), (17, 65, 257)]
+MORE_SHAPES = [(m, 33, 172) for m in range(1, 18)]
+MORE_SHAPES += [(choose.randint(1, 17), choose.randint(1, 150), choose.randint(1, 520)) for _ in range(20)]
+
+
+def poisoned(m: int, n: int) -> Tensor:
+    return torch.full((m, n), torch.nan)
+
+
+def matrix(generator: torch.Generator, fmt: Format, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Codes over the whole range of the format, its ends among them, and scales."""
+    low, high = fmt.levels
+    codes = torch.randint(low, high + 1, (n, k), generator=generator, dtype=torch.int8)
+    codes[0, :] = high
+    codes[-1, : k // 2] = low
+    return codes, torch.rand(n, fmt.groups(k), generator=generator) * 0.01 + 0.001
+
+
+def assert_clean(result: Result, y: Tensor) -> None:
+    assert_done(result)
+    assert not y.isnan().any(), "the kernel left elements unwritten"
+
+
+def terms(left: Tensor, right: Tensor) -> Tensor:
+    """left · rightᵀ in float64, and the same with every term's magnitude: what rounding errors are measured against."""
+    left, right = left.double(), right.double()
+    return torch.stack((left @ right.T, left.abs() @ right.abs().T))
+
+
+def assert_near(y: Tensor, reference: Tensor) -> None:
+    value, magnitude = reference
+    assert ((y - value).abs() <= 4e-7 * magnitude).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_integer_products_are_exact(runner: Runner, name: str) -> None:
+    """With scales that are powers of two every partial sum is exact in float32, so nothing may differ."""
+    fmt = Format.parse(name)
+    generator = torch.Generator().manual_seed(1)
+    calls, references = [], []
+    for m, n, k in SHAPES + MORE_SHAPES:
+        codes, _ = matrix(generator, fmt, n, k)
+        q = torch.zeros(m, activation_k(k), dtype=torch.int8)
+        q[:, :k] = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+        q[0, :k] = 127
+        q[-1, : k // 2] = -127
+        sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
+        packed = pack(fmt, codes, torch.full((n, fmt.groups(k)), 0.5))
+        assert packed.scale is not None
+        q_scale = torch.full((m,), 2.0)
+        arguments = (q, q_scale, sums, packed.weight, packed.scale, torch.empty(0), poisoned(m, n))
+        calls.append(Recorded(f"hikui_linear_a8_{fmt.kind}", arguments))
+        references.append(q[:, :k].long() @ codes.long().T)
+    for result, reference in zip(runner.run(calls), references, strict=True):
+        y = result.tensors[-1]
+        assert_clean(result, y)
+        assert torch.equal(y.double(), reference.double())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rank", [0, 1, 16, 21])
+def test_scales_bias_and_branch(runner: Runner, name: str, rank: int) -> None:
+    fmt, half = Format.parse(name), Format("float16")
+    generator = torch.Generator().manual_seed(2)
+    calls, references = [], []
+    for i, (m, n, k) in enumerate(SHAPES):
+        codes, scale = matrix(generator, fmt, n, k)
+        packed = pack(fmt, codes, scale)
+        assert packed.scale is not None
+        x = torch.randn(m, k, generator=generator)
+        q, q_scale, sums = quantize_activation(x)
+        bias = torch.randn(n, generator=generator) if i % 2 else torch.empty(0)
+        weight = unpack(fmt, packed.weight, packed.scale, n, k)
+        reference = terms(q_scale.double().unsqueeze(1) * q[:, :k], weight)
+        if bias.numel():
+            reference += terms(torch.ones(m, 1), bias.unsqueeze(1))
+        common: tuple[Tensor, ...] = (q, q_scale, sums, packed.weight, packed.scale, bias)
+        if rank:
+            a = torch.randn(rank, k, generator=generator) * 0.1
+            b = torch.randn(n, rank, generator=generator) * 0.1
+            inner = terms(x, a.half())
+            reference += torch.stack((inner[0] @ b.half().double().T, inner[1] @ b.half().double().abs().T))
+            common += (x, pack(half, a).weight, pack(half, b).weight)
+        symbol = f"hikui_linear_a8_branch_{fmt.kind}" if rank else f"hikui_linear_a8_{fmt.kind}"
+        calls.append(Recorded(symbol, (*common, poisoned(m, n))))
+        references.append(reference)
+    for result, reference in zip(runner.run(calls), references, strict=True):
+        assert_clean(result, result.tensors[-1])
+        assert_near(result.tensors[-1], reference)
+
+
+@pytest.mark.parametrize("kind", ["float16", "float32"])
+def test_float_weights(runner: Runner, kind: str) -> None:
+    fmt = Format(kind)
+    generator = torch.Generator().manual_seed(3)
+    calls, references = [], []
+    for i, (m, n, k) in enumerate(SHAPES):
+        x = torch.randn(m, k, generator=generator)
+        packed = pack(fmt, torch.randn(n, k, generator=generator))
+        bias = torch.empty(0) if i % 2 else torch.randn(n, generator=generator)
+        reference = terms(x, unpack(fmt, packed.weight, None, n, k))
+        references.append(reference + terms(torch.ones(m, 1), bias.unsqueeze(1)) if bias.numel() else reference)
+        calls.append(Recorded(f"hikui_linear_{kind}", (x, packed.weight, bias, poisoned(m, n))))
+    for result, reference in zip(runner.run(calls), references, strict=True):
+        assert_clean(result, result.tensors[-1])
+        assert_near(result.tensors[-1], reference)
+
+
+@pytest.mark.parametrize("m", [1, 6])
+def test_threads_and_alignment_change_no_bit(runner: Runner, m: int) -> None:
+    """Large enough to be cut into tasks; leading dimensions are rows; misaligned tensors are read all the same."""
+    generator = torch.Generator().manual_seed(4)
+    n, k, rank = 600, 768, 16
+    half = Format("float16")
+    branch = [pack(half, torch.randn(*shape, generator=generator)).weight for shape in ((rank, k), (n, rank))]
+    poison = torch.full((1, m, n), torch.nan)
+    calls = []
+    for kind in ("int4", "int8"):
+        fmt = Format(kind, 64)
+        codes, scale = matrix(generator, fmt, n, k)
+        packed = pack(fmt, codes, scale)
+        assert packed.scale is not None
+        x = torch.randn(1, m, k, generator=generator)
+        common = (*quantize_activation(x), packed.weight, packed.scale, torch.randn(n, generator=generator))
+        calls.append(Recorded(f"hikui_linear_a8_{kind}", (*common, poison)))
+        calls.append(Recorded(f"hikui_linear_a8_branch_{kind}", (*common, x, *branch, poison)))
+        weight = pack(Format("float32"), torch.randn(n, k, generator=generator)).weight
+        calls.append(Recorded("hikui_linear_float32", (x, weight, torch.empty(0), poison)))
+    expected = runner.run(calls)
+    for result in expected:
+        assert_clean(result, result.tensors[-1])
+    shifted = [Recorded(call.symbol, call.arguments, misalignment=4) for call in calls]
+    for other in (runner.run(calls, threads=2), runner.run(calls, threads=3), runner.run(shifted)):
+        for result, reference in zip(other, expected, strict=True):
+            assert_clean(result, result.tensors[-1])
+            assert torch.equal(result.tensors[-1], reference.tensors[-1])
