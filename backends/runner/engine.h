@@ -1,0 +1,229 @@
+// The model: TVM's virtual machine, the mapped weights and the caches, through TVM's C interface.
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <tvm/ffi/c_api.h>
+
+#include "index.h"
+#include "support.h"
+
+namespace hikui {
+
+// A value of TVM's that is given up at the end of its scope.
+class Value {
+ public:
+  Value() { memset(&any_, 0, sizeof(any_)); }
+  Value(const Value&) = delete;
+  Value& operator=(const Value&) = delete;
+  ~Value() { Release(); }
+
+  // Where a function of TVM's writes its result.
+  TVMFFIAny* Out() {
+    Release();
+    return &any_;
+  }
+  void Hold(TVMFFIObjectHandle object, int32_t type) {
+    Release();
+    any_.type_index = type;
+    any_.v_obj = static_cast<TVMFFIObject*>(object);
+  }
+  const TVMFFIAny& any() const { return any_; }
+  TVMFFIObjectHandle object() const { return any_.v_obj; }
+
+ private:
+  void Release() {
+    if (any_.type_index >= kTVMFFIStaticObjectBegin) TVMFFIObjectDecRef(any_.v_obj);
+    memset(&any_, 0, sizeof(any_));
+  }
+  TVMFFIAny any_;
+};
+
+inline TVMFFIAny Text(const char* text) {
+  TVMFFIAny any;
+  memset(&any, 0, sizeof(any));
+  any.type_index = kTVMFFIRawStr;
+  any.v_c_str = text;
+  return any;
+}
+
+inline TVMFFIAny Integer(int64_t number) {
+  TVMFFIAny any;
+  memset(&any, 0, sizeof(any));
+  any.type_index = kTVMFFIInt;
+  any.v_int64 = number;
+  return any;
+}
+
+// Ends the program with what TVM says went wrong.
+[[noreturn]] inline void StopForTvm(const char* doing) {
+  TVMFFIObjectHandle error = nullptr;
+  TVMFFIErrorMoveFromRaised(&error);
+  if (error == nullptr) Stop(kFailure, "%s failed", doing);
+  TVMFFIByteArray message = TVMFFIErrorGetCellPtr(error)->message;
+  size_t length = 0;
+  while (length < message.size && message.data[length] != '\n') ++length;
+  Stop(kFailure, "%s failed: %.*s", doing, static_cast<int>(length), message.data);
+}
+
+inline void Call(const char* doing, TVMFFIObjectHandle function, TVMFFIAny* arguments, size_t count, Value* result) {
+  if (TVMFFIFunctionCall(function, arguments, static_cast<int32_t>(count), result->Out()) != 0) StopForTvm(doing);
+}
+
+inline void CallGlobal(const char* doing, const char* name, TVMFFIAny* arguments, size_t count, Value* result) {
+  TVMFFIByteArray text = {name, strlen(name)};
+  TVMFFIObjectHandle function = nullptr;
+  if (TVMFFIFunctionGetGlobal(&text, &function) != 0) StopForTvm(doing);
+  if (function == nullptr) Stop(kFailure, "TVM's runtime library has no function %s", name);
+  Value held;
+  held.Hold(function, kTVMFFIFunction);
+  Call(doing, function, arguments, count, result);
+}
+
+inline void GetFunction(const Value& module, const char* name, Value* function) {
+  TVMFFIAny arguments[] = {module.any(), Text(name), Integer(1)};
+  arguments[2].type_index = kTVMFFIBool;
+  CallGlobal(name, "ffi.ModuleGetFunction", arguments, 3, function);
+  if (function->any().type_index != kTVMFFIFunction) Stop(kFailure, "the model's library has no function %s", name);
+}
+
+inline bool DataType(const char* name, DLDataType* type) {
+  struct Entry {
+    const char* name;
+    DLDataType type;
+  };
+  static const Entry kTypes[] = {
+      {"float32", {kDLFloat, 32, 1}}, {"float16", {kDLFloat, 16, 1}}, {"int8", {kDLInt, 8, 1}}, {"uint8", {kDLUInt, 8, 1}},
+      {"int32", {kDLInt, 32, 1}},     {"int64", {kDLInt, 64, 1}},     {"bool", {kDLBool, 8, 1}},
+  };
+  for (const Entry& entry : kTypes) {
+    if (strcmp(entry.name, name) == 0) {
+      *type = entry.type;
+      return true;
+    }
+  }
+  return false;
+}
+
+// Wraps memory that outlives the tensor.
+inline void WrapTensor(const void* data, DLDataType type, const int64_t* shape, int rank, Value* tensor) {
+  struct Managed {
+    DLManagedTensor tensor;
+    int64_t shape[kMaxRank];
+    int64_t strides[kMaxRank];
+  };
+  Managed* managed = static_cast<Managed*>(calloc(1, sizeof(Managed)));
+  if (managed == nullptr) Stop(kFailure, "out of memory");
+  int64_t stride = 1;
+  for (int axis = rank - 1; axis >= 0; --axis) {
+    managed->shape[axis] = shape[axis];
+    managed->strides[axis] = stride;
+    stride *= shape[axis];
+  }
+  DLTensor& view = managed->tensor.dl_tensor;
+  view.data = const_cast<void*>(data);
+  view.device = {kDLCPU, 0};
+  view.ndim = rank;
+  view.dtype = type;
+  view.shape = managed->shape;
+  view.strides = managed->strides;
+  managed->tensor.manager_ctx = managed;
+  managed->tensor.deleter = [](DLManagedTensor* self) { free(self->manager_ctx); };
+  TVMFFIObjectHandle handle = nullptr;
+  if (TVMFFITensorFromDLPack(&managed->tensor, 0, 0, &handle) != 0) StopForTvm("wrapping a tensor");
+  tensor->Hold(handle, kTVMFFITensor);
+}
+
+class Engine {
+ public:
+  // The CPU must have been checked before: loading the library may already run its instructions.
+  void Load(const char* directory, const Index& index) {
+    index_ = &index;
+    Path parameters(directory, "model.params");
+    weights_file_.Require(parameters.c_str());
+    if (weights_file_.size != index.parameters) {
+      Stop(kFailure, "%s has %zu bytes, but model.index says %llu; copy the artefact again", parameters.c_str(),
+           weights_file_.size, static_cast<unsigned long long>(index.parameters));
+    }
+    MapWeights(parameters.c_str());
+    NewCaches();
+    Path library(directory, "model.so");
+    Value module, load, machine, initialise, ignored;
+    TVMFFIAny file = Text(library.c_str());
+    CallGlobal("loading the model's library", "ffi.ModuleLoadFromFile", &file, 1, &module);
+    GetFunction(module, "vm_load_executable", &load);
+    Call("loading the program", load.object(), nullptr, 0, &machine);
+    GetFunction(machine, "vm_initialization", &initialise);
+    constexpr int64_t kPooledAllocator = 2;
+    TVMFFIAny device[] = {Integer(kDLCPU), Integer(0), Integer(kPooledAllocator)};
+    Call("starting the virtual machine", initialise.object(), device, 3, &ignored);
+    GetFunction(machine, "main", &main_);
+  }
+
+  // Runs tokens after the `past` ones in the cache. The logits, [count, vocabulary], stay valid until the next step.
+  const float* Step(const int64_t* tokens, int64_t count, int64_t past) {
+    for (int64_t at = 0; at < count; ++at) {
+      if (tokens[at] < 0 || tokens[at] >= index_->vocabulary) {
+        Stop(kFailure, "token %lld is not in the vocabulary of %lld", static_cast<long long>(tokens[at]),
+             static_cast<long long>(index_->vocabulary));
+      }
+    }
+    Value tokens_tensor, past_tensor;
+    DLDataType int64 = {kDLInt, 64, 1};
+    int64_t tokens_shape[] = {1, count}, past_shape[] = {1};
+    WrapTensor(tokens, int64, tokens_shape, 2, &tokens_tensor);
+    WrapTensor(&past, int64, past_shape, 1, &past_tensor);
+    arguments_[0] = tokens_tensor.any();
+    arguments_[1] = past_tensor.any();
+    Call("running the model", main_.object(), arguments_.data(), arguments_.size(), &logits_);
+    const DLTensor* logits = TVMFFITensorGetDLTensorPtr(logits_.object());
+    return reinterpret_cast<const float*>(static_cast<const char*>(logits->data) + logits->byte_offset);
+  }
+
+ private:
+  void MapWeights(const char* path) {
+    Array<TVMFFIAny> tensors;
+    for (const Weight& weight : index_->weights) {
+      DLDataType type;
+      if (!DataType(weight.dtype, &type)) Stop(kFailure, "model.index names the unknown type %s", weight.dtype);
+      uint64_t bytes = type.bits / 8;
+      for (int axis = 0; axis < weight.rank; ++axis) bytes *= static_cast<uint64_t>(weight.shape[axis]);
+      if (bytes != weight.bytes || weight.offset % 64 != 0 || weight.offset > weights_file_.size ||
+          weight.bytes > weights_file_.size - weight.offset) {
+        Stop(kFailure, "model.index and %s do not belong together; copy the artefact again", path);
+      }
+      Value tensor;
+      WrapTensor(weights_file_.data + weight.offset, type, weight.shape, weight.rank, &tensor);
+      TVMFFIObjectIncRef(tensor.object());
+      tensors.Add(tensor.any());
+    }
+    CallGlobal("collecting the weights", "ffi.Array", tensors.data(), tensors.size(), &weights_);
+    for (const TVMFFIAny& tensor : tensors) TVMFFIObjectDecRef(tensor.v_obj);
+  }
+
+  void NewCaches() {
+    arguments_.Add(Integer(0));
+    arguments_.Add(Integer(0));
+    DLDataType float32 = {kDLFloat, 32, 1};
+    for (const CacheShape& cache : index_->caches) {
+      for (int side = 0; side < 2; ++side) {
+        int64_t shape[] = {1, cache.heads, index_->context, cache.head_size};
+        size_t bytes = sizeof(float) * static_cast<size_t>(cache.heads * index_->context * cache.head_size);
+        // Pages of the cache take memory only once tokens reach them.
+        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (data == MAP_FAILED) Stop(kFailure, "no memory for a cache of %zu bytes", bytes);
+        Value tensor;
+        WrapTensor(data, float32, shape, 4, &tensor);
+        TVMFFIObjectIncRef(tensor.object());
+        arguments_.Add(tensor.any());
+      }
+    }
+    arguments_.Add(weights_.any());
+  }
+
+  const Index* index_ = nullptr;
+  MappedFile weights_file_;
+  Value weights_, main_, logits_;
+  Array<TVMFFIAny> arguments_;  // tokens, past, the caches, the weights
+};
+
+}  // namespace hikui

@@ -1,0 +1,275 @@
+// hikui-run: runs a lowered model on the board, with the cache, greedily, from token ids.
+//
+// The CPU is checked before the model's library is loaded, because code for a better CPU would die without a word.
+
+#include <time.h>
+
+#include "engine.h"
+#include "features.h"
+#include "index.h"
+#include "support.h"
+#include "text.h"
+
+namespace hikui {
+
+constexpr char kHelp[] =
+    "usage: hikui-run DIR (--tokens 1,2,3 | --tokens-file FILE | --serve) [options]\n"
+    "\n"
+    "Runs the model in DIR and prints what it writes.\n"
+    "\n"
+    "  --tokens IDS           the prompt's token ids, separated by commas\n"
+    "  --tokens-file FILE     the same, from a file; commas and white space separate\n"
+    "  --max-new-tokens N     how many tokens to write at most (64)\n"
+    "  --chunk N              how many tokens of the prompt to run at once (64)\n"
+    "  --threads N            how many threads to use (all cores)\n"
+    "  --json                 print tokens, text and times as JSON\n"
+    "  --dump-logits FILE     write the logits that chose each token, float32\n"
+    "  --verbose              say what is done, on stderr\n"
+    "  --serve                answer requests on stdin: int64 past, int64 T, T int64 token ids; the answer on stdout is\n"
+    "                         the T rows of logits, float32\n";
+
+struct Options {
+  const char* directory = nullptr;
+  const char* tokens = nullptr;
+  const char* tokens_file = nullptr;
+  const char* dump_logits = nullptr;
+  int64_t max_new_tokens = 64;
+  int64_t chunk = 64;
+  int64_t threads = 0;
+  bool json = false;
+  bool serve = false;
+  bool verbose = false;
+};
+
+double Now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
+}
+
+int64_t Positive(const char* option, const char* text) {
+  char* end = nullptr;
+  errno = 0;
+  long long number = strtoll(text, &end, 10);
+  if (*text == '\0' || *end != '\0' || errno != 0 || number < 1) {
+    Stop(kUsage, "%s takes a whole number from 1 on, not '%s'", option, text);
+  }
+  return number;
+}
+
+Options Parse(int count, char** words) {
+  Options options;
+  for (int at = 1; at < count; ++at) {
+    const char* word = words[at];
+    auto value = [&]() -> const char* {
+      if (at + 1 >= count) Stop(kUsage, "%s takes a value", word);
+      return words[++at];
+    };
+    if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
+      fputs(kHelp, stdout);
+      exit(0);
+    } else if (strcmp(word, "--tokens") == 0) {
+      options.tokens = value();
+    } else if (strcmp(word, "--tokens-file") == 0) {
+      options.tokens_file = value();
+    } else if (strcmp(word, "--dump-logits") == 0) {
+      options.dump_logits = value();
+    } else if (strcmp(word, "--max-new-tokens") == 0) {
+      options.max_new_tokens = Positive(word, value());
+    } else if (strcmp(word, "--chunk") == 0) {
+      options.chunk = Positive(word, value());
+    } else if (strcmp(word, "--threads") == 0) {
+      options.threads = Positive(word, value());
+    } else if (strcmp(word, "--json") == 0) {
+      options.json = true;
+    } else if (strcmp(word, "--serve") == 0) {
+      options.serve = true;
+    } else if (strcmp(word, "--verbose") == 0) {
+      options.verbose = true;
+    } else if (word[0] == '-') {
+      Stop(kUsage, "there is no option %s; --help lists them", word);
+    } else if (options.directory != nullptr) {
+      Stop(kUsage, "one artefact at a time: %s and %s were given", options.directory, word);
+    } else {
+      options.directory = word;
+    }
+  }
+  if (options.directory == nullptr) Stop(kUsage, "name the artefact's directory; --help says more");
+  if ((options.tokens != nullptr) + (options.tokens_file != nullptr) + options.serve != 1) {
+    Stop(kUsage, "give exactly one of --tokens, --tokens-file and --serve");
+  }
+  return options;
+}
+
+void ParseTokens(const char* text, const char* end, Array<int64_t>* tokens) {
+  while (text < end) {
+    if (*text == ',' || *text == ' ' || *text == '\n' || *text == '\t' || *text == '\r') {
+      ++text;
+      continue;
+    }
+    int64_t token = 0;
+    const char* start = text;
+    for (; text < end && *text >= '0' && *text <= '9' && text - start < 10; ++text) token = 10 * token + (*text - '0');
+    if (text == start) Stop(kUsage, "'%c' is not part of a list of token ids", *text);
+    tokens->Add(token);
+  }
+}
+
+void ReadPrompt(const Options& options, const Index& index, Array<int64_t>* tokens) {
+  if (options.tokens != nullptr) {
+    ParseTokens(options.tokens, options.tokens + strlen(options.tokens), tokens);
+  } else {
+    MappedFile file;
+    if (!file.Open(options.tokens_file)) Stop(kUsage, "there is no file %s", options.tokens_file);
+    ParseTokens(file.data, file.data + file.size, tokens);
+  }
+  if (tokens->size() == 0) Stop(kUsage, "the prompt has no tokens");
+  if (static_cast<int64_t>(tokens->size()) > index.context) {
+    Stop(kFailure, "the prompt has %zu tokens, but the cache holds %lld; shorten it or lower the model with a larger --context",
+         tokens->size(), static_cast<long long>(index.context));
+  }
+}
+
+void CheckCpu(const Index& index) {
+  for (const FeatureName& feature : index.features) {
+    if (!CpuOffers(feature.text)) {
+      Stop(kFailure, "this CPU lacks %s, which the model was lowered for; lower it for another --target", feature.text);
+    }
+  }
+}
+
+// The first of the largest, as the reference chooses.
+int64_t Largest(const float* logits, int64_t count) {
+  int64_t best = 0;
+  for (int64_t at = 1; at < count; ++at) {
+    if (logits[at] > logits[best]) best = at;
+  }
+  return best;
+}
+
+bool Contains(const Array<int64_t>& tokens, int64_t token) {
+  for (int64_t candidate : tokens) {
+    if (candidate == token) return true;
+  }
+  return false;
+}
+
+void PrintResult(const Array<int64_t>& tokens, const Array<char>& text, bool has_text, double first, double rate) {
+  fputs("{\"tokens\": [", stdout);
+  for (size_t at = 0; at < tokens.size(); ++at) printf("%s%lld", at == 0 ? "" : ", ", static_cast<long long>(tokens[at]));
+  fputs("], \"text\": ", stdout);
+  if (has_text) {
+    PrintJson(text);
+  } else {
+    fputs("null", stdout);
+  }
+  printf(", \"first_token_seconds\": %.6f, \"tokens_per_second\": ", first);
+  if (rate > 0) {
+    printf("%.3f}\n", rate);
+  } else {
+    fputs("null}\n", stdout);
+  }
+}
+
+void Generate(const Options& options, const Index& index, const TokenTexts& texts, Engine* engine) {
+  Array<int64_t> prompt, written;
+  Array<char> text;
+  ReadPrompt(options, index, &prompt);
+  FILE* dump = nullptr;
+  if (options.dump_logits != nullptr && (dump = fopen(options.dump_logits, "wb")) == nullptr) {
+    Stop(kFailure, "%s cannot be written: %s", options.dump_logits, strerror(errno));
+  }
+  double start = Now(), first = 0, last = 0;
+  const int64_t* tokens = prompt.data();
+  int64_t count = static_cast<int64_t>(prompt.size()), past = 0, token = 0;
+  while (static_cast<int64_t>(written.size()) < options.max_new_tokens && past + count <= index.context) {
+    const float* row = nullptr;
+    while (count > 0) {
+      int64_t chunk = count < options.chunk ? count : options.chunk;
+      row = engine->Step(tokens, chunk, past) + (chunk - 1) * index.vocabulary;
+      tokens += chunk;
+      past += chunk;
+      count -= chunk;
+    }
+    size_t vocabulary = static_cast<size_t>(index.vocabulary);
+    if (dump != nullptr && fwrite(row, sizeof(float), vocabulary, dump) != vocabulary) {
+      Stop(kFailure, "%s cannot be written: %s", options.dump_logits, strerror(errno));
+    }
+    token = Largest(row, index.vocabulary);
+    last = Now();
+    if (written.size() == 0) first = last;
+    if (Contains(index.eos, token)) break;
+    size_t before = text.size();
+    texts.Append(token, &text);
+    written.Add(token);
+    if (!options.json && texts.present()) {
+      fwrite(text.data() + before, 1, text.size() - before, stdout);
+      fflush(stdout);
+    } else if (!options.json) {
+      printf("%s%lld", written.size() == 1 ? "" : ",", static_cast<long long>(token));
+    }
+    tokens = &token;
+    count = 1;
+  }
+  if (dump != nullptr && fclose(dump) != 0) Stop(kFailure, "%s cannot be written: %s", options.dump_logits, strerror(errno));
+  double rate = written.size() > 1 && last > first ? static_cast<double>(written.size() - 1) / (last - first) : 0;
+  if (options.json) {
+    PrintResult(written, text, texts.present(), first - start, rate);
+  } else {
+    putchar('\n');
+  }
+  if (options.verbose) fprintf(stderr, "hikui-run: first token after %.3f s, then %.1f tokens/s\n", first - start, rate);
+}
+
+void Serve(const Index& index, Engine* engine) {
+  Array<int64_t> tokens;
+  while (tokens.size() < static_cast<size_t>(index.context)) tokens.Add(0);
+  int64_t request[2];
+  while (fread(request, sizeof(request), 1, stdin) == 1) {
+    int64_t past = request[0], count = request[1];
+    if (past < 0 || count < 1 || count > index.context - past) {
+      Stop(kFailure, "%lld tokens after %lld do not fit the cache of %lld", static_cast<long long>(count),
+           static_cast<long long>(past), static_cast<long long>(index.context));
+    }
+    if (fread(tokens.data(), sizeof(int64_t), static_cast<size_t>(count), stdin) != static_cast<size_t>(count)) {
+      Stop(kFailure, "the request ends before its tokens");
+    }
+    size_t values = static_cast<size_t>(count * index.vocabulary);
+    if (fwrite(engine->Step(tokens.data(), count, past), sizeof(float), values, stdout) != values || fflush(stdout) != 0) {
+      Stop(kFailure, "the answer cannot be written: %s", strerror(errno));
+    }
+  }
+}
+
+int Main(int count, char** words) {
+  Options options = Parse(count, words);
+  Index index;
+  index.Read(Path(options.directory, "model.index").c_str());
+  CheckCpu(index);
+  if (options.threads > 0) {
+    char text[24];
+    snprintf(text, sizeof(text), "%lld", static_cast<long long>(options.threads));
+    setenv("TVM_NUM_THREADS", text, 1);
+  }
+  TokenTexts texts;
+  texts.Open(Path(options.directory, "model.tokens").c_str());
+  double start = Now();
+  Engine engine;
+  engine.Load(options.directory, index);
+  if (options.verbose) {
+    fprintf(stderr, "hikui-run: loaded %zu weights, %llu bytes, in %.3f s\n", index.weights.size(),
+            static_cast<unsigned long long>(index.parameters), Now() - start);
+  }
+  if (options.serve) {
+    Serve(index, &engine);
+  } else {
+    Generate(options, index, texts, &engine);
+  }
+  fflush(stdout);
+  // The virtual machine and its threads need no farewell.
+  _exit(0);
+}
+
+}  // namespace hikui
+
+int main(int count, char** words) { return hikui::Main(count, words); }

@@ -1,0 +1,122 @@
+"""From a program to a Relax module whose `main` takes tokens, past, the caches and one tuple of weights."""
+
+import operator
+
+import torch
+from torch import fx
+from tvm import IRModule, relax
+from tvm.relax.frontend.torch import from_exported_program
+
+from hikui.backends.tvm.convert import CONVERTERS, attention_arguments
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats import Format
+from hikui.lowering.program import SITE, Program
+
+_UNSUPPORTED = "Unsupported function types "
+
+
+def _written_cache(value: fx.Node) -> fx.Node | None:
+    """The cache that a new cache was written into."""
+    if value.target is torch.ops.hikui.cache_update.default:
+        return value.args[0] if isinstance(value.args[0], fx.Node) else None
+    source, at = value.args[:2] if value.target is operator.getitem else (None, 0)
+    if not isinstance(source, fx.Node) or source.target is not torch.ops.hikui.attention.default:
+        return None
+    cache = {1: source.args[3], 2: source.args[4]}.get(at) if isinstance(at, int) else None
+    return cache if isinstance(cache, fx.Node) else None
+
+
+def _check_linear(node: fx.Node) -> None:
+    name = str(node.args[4])
+    if Format.parse(name).is_integer:
+        raise HikuiError(
+            f"Site '{node.meta.get(SITE, node.name)}' multiplies {name} weights by float activations, for which there "
+            "is no kernel; run the pass 'activation' before building."
+        )
+
+
+def _check_caches(node: fx.Node) -> None:
+    """A cache is overwritten, so nothing else may read what it held before."""
+    for cache in node.args[3:5] if node.target is torch.ops.hikui.attention.default else node.args[:1]:
+        if not isinstance(cache, fx.Node) or cache.op != "placeholder" or len(cache.users) != 1:
+            raise HikuiError(
+                f"Node '{node.name}' writes cache '{cache}', which other nodes read too; the tvm backend writes caches "
+                "in place and needs each read by one node only."
+            )
+
+
+def _check_attention(node: fx.Node) -> None:
+    arguments = attention_arguments(node)
+    if arguments.get("is_causal") or arguments.get("attn_mask") is None:
+        raise HikuiError(f"Node '{node.name}' attends without a mask; the tvm backend takes hikui::causal_mask only.")
+
+
+_CHECKS = {
+    torch.ops.hikui.linear.default: _check_linear,
+    torch.ops.hikui.attention.default: _check_caches,
+    torch.ops.hikui.cache_update.default: _check_caches,
+    torch.ops.aten.scaled_dot_product_attention.default: _check_attention,
+}
+
+
+def check(program: Program) -> None:
+    """Checks what the converters take for granted.
+
+    Raises:
+        HikuiError: the program does something that this backend cannot express.
+    """
+    for node in program.graph.nodes:
+        if node.target in _CHECKS:
+            _CHECKS[node.target](node)
+
+
+def _logits_only(program: Program) -> Program:
+    """A copy that returns the logits alone; the caches are written in place, so nobody needs them back.
+
+    Raises:
+        HikuiError: a new cache is not the old one with rows written by `cache_update` or `attention`.
+    """
+    clone = program.clone()
+    logits, *caches = clone.outputs()
+    for old, new in zip(clone.input_nodes()[2:], caches, strict=True):
+        if _written_cache(new) is not old:
+            raise HikuiError(
+                f"Node '{new.name}' returns cache '{old.name}' without writing it by hikui::cache_update or "
+                "hikui::attention; the tvm backend writes caches in place and cannot express that."
+            )
+    clone.output_node.args = ((logits,),)
+    clone.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    return clone
+
+
+def relax_module(program: Program) -> IRModule:
+    """Imports a program.
+
+    Returns:
+        A module whose function `main(tokens, past, key_cache_0, value_cache_0, …, weights)` returns the logits and
+        writes the caches in place; `weights` is a tuple in the order of `program.weight_nodes()`.
+
+    Raises:
+        HikuiError: an operator of the program has no counterpart in Relax.
+    """
+    check(program)
+    exported = _logits_only(program).to_exported_program()
+    try:
+        module = from_exported_program(
+            exported, unwrap_unit_return_tuple=True, custom_convert_map=CONVERTERS, run_ep_decomposition=False
+        )
+    except AssertionError as error:
+        if _UNSUPPORTED not in str(error):
+            raise
+        names = str(error).split(_UNSUPPORTED, 1)[1].strip("[]")
+        raise HikuiError(f"The tvm backend has no translation for the operators {names}.") from None
+    return _bundle_weights(module, len(program.weight_nodes()))
+
+
+def _bundle_weights(module: IRModule, weights: int) -> IRModule:
+    main = module["main"]
+    inputs = [*main.params[weights:]]
+    function = relax.Function([*inputs, *main.params[:weights]], main.body, main.ret_ty, main.is_pure)
+    # Bounds on T are left out: with them the memory plan reserves every buffer for a full context.
+    module["main"] = function.with_attr({"global_symbol": "main", "num_input": len(inputs)})
+    return relax.transform.BundleModelParams("weights")(module)

@@ -1,0 +1,137 @@
+"""Runs an artefact of the backend `tvm` with TVM's runtime alone: no compiler is loaded."""
+
+import ctypes
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import tvm_ffi
+
+from hikui.backends.runner.board import Board, BoardRunner
+from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, PARAMETERS, Index, map_parameters, read_index
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.target import cpu_features
+
+if TYPE_CHECKING:
+    from hikui.lowering.generate import Runner
+
+_CPU = 1
+_POOLED_ALLOCATOR = 2
+
+
+class TvmRunner:
+    """A lowered model.
+
+    Args:
+        directory: the artefact.
+        emulate: run the artefact's own program under qemu-user, instead of its library in this process.
+
+    Raises:
+        HikuiError: a file is missing or damaged, the CPU lacks a feature, or there is no emulator.
+    """
+
+    def __init__(self, directory: str | Path, *, emulate: bool = False) -> None:
+        directory = Path(directory)
+        index = read_index(directory)
+        self.context_length = index.context_length
+        self.vocabulary = index.vocabulary
+        if emulate and index.emulator_cpu is None:
+            raise HikuiError(f"Target {index.target} cannot be emulated; run the artefact on a machine of its kind.")
+        board = Board(index.triple, index.emulator_cpu)
+        self._inner: Runner = BoardRunner(directory, board) if emulate else _InProcess(directory, index)
+
+    def reset(self) -> None:
+        """Forgets every token. The cache is left as it is: nothing reads beyond the tokens that it holds."""
+
+    def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
+        """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache.
+
+        Raises:
+            HikuiError: the tokens do not fit the cache or are not in the vocabulary.
+        """
+        if past + tokens.size > self.context_length:
+            raise HikuiError(
+                f"{past + tokens.size} tokens do not fit the cache of {self.context_length}; "
+                "shorten the prompt or lower with a larger --context."
+            )
+        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary):
+            raise HikuiError(f"A token is outside the vocabulary of {self.vocabulary}; use the model's own tokenizer.")
+        return self._inner.forward(tokens, past)
+
+    def close(self) -> None:
+        """Gives up the weights and the caches."""
+        self._inner.close()
+
+
+class _InProcess:
+    """The artefact's library in this process, with its weights mapped."""
+
+    def __init__(self, directory: Path, index: Index) -> None:
+        missing = sorted(set(index.features) - cpu_features())
+        if missing:
+            raise HikuiError(
+                f"This machine's CPU lacks {', '.join(missing)}, which the model was lowered for; "
+                "lower it for another --target."
+            )
+        self.context_length = index.context_length
+        self._weights: Any = tvm_ffi.Array(_map_weights(directory, index))
+        shapes = [(1, heads, index.context_length, size) for heads, size in index.caches for _ in ("key", "value")]
+        self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(shape)) for shape in shapes]
+        self._main: Any = _load_main(directory / LIBRARY)
+
+    def reset(self) -> None:
+        """Nothing reads beyond the tokens that the cache holds."""
+
+    def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
+        step = tvm_ffi.from_dlpack(np.array(tokens[None], dtype=np.int64))
+        before = tvm_ffi.from_dlpack(np.array([past], dtype=np.int64))
+        logits = self._main(step, before, *self._caches, self._weights)
+        return np.asarray(np.from_dlpack(logits)[0], dtype=np.float32)
+
+    def close(self) -> None:
+        self._main, self._caches, self._weights = None, [], None
+
+
+@cache
+def _load_runtime() -> None:
+    """Makes the virtual machine known to the process; TVM's runtime registers it when it is loaded."""
+    library = metadata.distribution("apache-tvm").locate_file("tvm/lib/libtvm_runtime.so")
+    ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
+
+
+def _aligned_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    size = int(np.prod(shape)) * np.dtype(np.float32).itemsize
+    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + size].view(np.float32).reshape(shape)
+
+
+def _map_weights(directory: Path, index: Index) -> list[Any]:
+    mapping = map_parameters(directory, index)
+    tensors = []
+    for weight in index.weights:
+        try:
+            view = mapping[weight.offset : weight.offset + weight.nbytes].view(weight.dtype).reshape(weight.shape)
+        except (TypeError, ValueError):
+            raise HikuiError(
+                f"{directory / INDEX} and {PARAMETERS} do not belong together; copy the artefact again."
+            ) from None
+        tensors.append(tvm_ffi.from_dlpack(np.asarray(view)))
+    return tensors
+
+
+def _load_main(library: Path) -> Any:
+    if not library.is_file():
+        raise HikuiError(f"{library} is missing; copy the artefact again.")
+    _load_runtime()
+    try:
+        machine = tvm_ffi.load_module(str(library))["vm_load_executable"]()
+        machine["vm_initialization"](_CPU, 0, _POOLED_ALLOCATOR)
+        return machine["main"]
+    except (RuntimeError, AttributeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise HikuiError(f"{library} cannot be loaded: {reason}; copy or lower the artefact again.") from None

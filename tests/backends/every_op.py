@@ -1,0 +1,158 @@
+"""A model of two blocks that uses every op of the dialect: the first block fused, the second not."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import hikui.lowering.dialect  # noqa: F401
+from hikui.lowering.formats import Format, pack
+from hikui.lowering.program import WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.store import WeightStore
+
+VOCABULARY, WIDTH, HEADS, KV_HEADS, SIZE, FFN, CONTEXT, RANK = 61, 48, 4, 2, 12, 72, 32, 5
+EOS = 57
+SITES = {
+    "q": (HEADS * SIZE, WIDTH, "int4-g32"),
+    "k": (KV_HEADS * SIZE, WIDTH, "int4-channel"),
+    "v": (KV_HEADS * SIZE, WIDTH, "int8-g64"),
+    "o": (WIDTH, HEADS * SIZE, "int8-channel"),
+    "gate": (FFN, WIDTH, "int4-g64"),
+    "up": (FFN, WIDTH, "int8-g32"),
+    "down": (WIDTH, FFN, "int4-g32"),
+    "down8": (WIDTH, FFN, "int8-g128"),
+}
+
+
+def quantised(text: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    fmt = Format.parse(text)
+    n, k = weight.shape
+    group, (_, high) = fmt.group_size(k), fmt.levels
+    grouped = F.pad(weight, (0, fmt.padded_k(k) - k)).view(n, -1, group)
+    scale = (grouped.abs().amax(-1) / high).clamp(min=1e-6).half().float()
+    codes = (grouped / scale[..., None]).round().clamp(*fmt.levels).view(n, -1)[:, :k]
+    packed = pack(fmt, codes.to(torch.int8), scale)
+    assert packed.scale is not None
+    return packed.weight, packed.scale
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    tensors = {"embedding": random(VOCABULARY, WIDTH) * 4, "frequencies": 10000 ** (-torch.arange(0, SIZE, 2) / SIZE)}
+    for block in range(2):
+        for site, (n, k, fmt) in SITES.items():
+            name = f"{block}.{site}"
+            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = quantised(fmt, random(n, k))
+        tensors[f"{block}.q.bias"] = random(HEADS * SIZE)
+        tensors[f"{block}.a"] = pack(Format("float16"), random(RANK, FFN)).weight
+        tensors[f"{block}.b"] = pack(Format("float16"), random(WIDTH, RANK)).weight
+        tensors[f"{block}.norm1"], tensors[f"{block}.norm2"] = 1 + random(WIDTH), 1 + random(WIDTH)
+    tensors["norm"], tensors["plain"], tensors["plain.bias"] = 1 + random(WIDTH), random(WIDTH, WIDTH), random(WIDTH)
+    tensors["middle"] = pack(Format("float32"), random(WIDTH, WIDTH)).weight
+    tensors["head"] = pack(Format("float16"), random(VOCABULARY, WIDTH)).weight
+    return tensors
+
+
+class _Model(nn.Module):
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        t = dict(zip(self.names, inputs, strict=False))
+        tokens, past, *caches = inputs[len(self.names) :]
+        angles = (past + torch.arange(tokens.shape[1]))[None, :, None].float() * t["frequencies"]
+        cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
+        x, written = F.embedding(tokens, t["embedding"]), []
+        for block, make in enumerate((self.fused, self.unfused)):
+            own = {name.removeprefix(f"{block}."): tensor for name, tensor in t.items()}
+            x, *new = make(own, x, cos, sin, past, *caches[2 * block : 2 * block + 2])
+            written += new
+        ops = torch.ops.hikui
+        x = ops.rms_norm(F.linear(x, t["plain"], t["plain.bias"]), t["norm"], 1e-5)
+        x = ops.linear(x, t["middle"], None, t["plain.bias"], "float32", WIDTH)
+        return (ops.linear(x, t["head"], None, None, "float16", VOCABULARY), *written)
+
+    @staticmethod
+    def site(t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
+        n, _, fmt = SITES[name]
+        return torch.ops.hikui.linear_a8(*q, t[f"{name}.weight"], t[f"{name}.scale"], bias, fmt, n)
+
+    def heads(self, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+        query, key, value = (
+            self.site(t, name, q, t["q.bias"] if name == "q" else None).view(1, cos.shape[1], -1, SIZE).transpose(1, 2)
+            for name in ("q", "k", "v")
+        )
+        rotary = torch.ops.hikui.rotary
+        return [rotary(query.contiguous(), cos, sin), rotary(key.contiguous(), cos, sin), value.contiguous()]
+
+    def branch(self, t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
+        n, _, fmt = SITES[name]
+        weight, scale = t[f"{name}.weight"], t[f"{name}.scale"]
+        return torch.ops.hikui.linear_a8_branch(*q, weight, scale, None, x, t["a"], t["b"], fmt, n)
+
+    def fused(
+        self, t: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ops = torch.ops.hikui
+        q, k, v = self.heads(t, ops.rms_norm_quantize(x, t["norm1"], 1e-5)[1:], cos, sin)
+        out, keys, values = ops.attention(q, k, v, keys, values, past, SIZE**-0.5)
+        x = x + self.site(t, "o", ops.quantize_activation(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE)))
+        quantised = ops.rms_norm_quantize(x, t["norm2"], 1e-5)[1:]
+        z, *q = ops.swiglu_quantize(self.site(t, "gate", quantised), self.site(t, "up", quantised))
+        return x + self.branch(t, "down", q, z), keys, values
+
+    def unfused(
+        self, t: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ops = torch.ops.hikui
+        q, k, v = self.heads(t, ops.quantize_activation(ops.rms_norm(x, t["norm1"], 1e-5)), cos, sin)
+        keys, values = ops.cache_update(keys, k, past), ops.cache_update(values, v, past)
+        mask = ops.causal_mask(past, cos.shape[1], CONTEXT)
+
+        def shared(cache: Tensor) -> Tensor:
+            repeat = HEADS // KV_HEADS
+            return cache[:, :, None].expand(1, KV_HEADS, repeat, CONTEXT, SIZE).reshape(1, HEADS, CONTEXT, SIZE)
+
+        out = F.scaled_dot_product_attention(q, shared(keys), shared(values), attn_mask=mask, scale=0.3)
+        x = x + self.site(t, "o", ops.quantize_activation(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE)))
+        quantised = ops.quantize_activation(ops.rms_norm(x, t["norm2"], 1e-5))
+        z = ops.swiglu(self.site(t, "gate", quantised), self.site(t, "up", quantised))
+        return x + self.branch(t, "down8", ops.quantize_activation(z), z), keys, values
+
+
+def program(seed: int = 0) -> Program:
+    """The program, traced by torch.export."""
+    tensors = weights(seed)
+    config = ModelConfig(CONTEXT, VOCABULARY, (CacheShape(KV_HEADS, SIZE),) * 2, "every op", None, (EOS,))
+    return _traced(_Model([*tensors]), tensors, config)
+
+
+class _Table(nn.Module):
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        table, head, tokens, past = inputs
+        x = F.embedding(tokens, table) + past.float()
+        return (torch.ops.hikui.linear(x, head, None, None, "float32", head.shape[0] * head.shape[2]),)
+
+
+def table(rows: int, width: int) -> Program:
+    """Two big matrices and no cache: an embedding and a head."""
+    generator = torch.Generator().manual_seed(0)
+    table, head = (torch.randn(rows, width, generator=generator) / width**0.25 for _ in range(2))
+    tensors = {"embedding": table, "head": pack(Format("float32"), head).weight}
+    return _traced(_Table(), tensors, ModelConfig(rows, rows, (), "table", None, ()))
+
+
+def _traced(model: nn.Module, tensors: dict[str, Tensor], config: ModelConfig) -> Program:
+    shapes = [(1, cache.heads, config.context_length, cache.head_size) for cache in config.caches for _ in range(2)]
+    caches = [torch.zeros(shape) for shape in shapes]
+    inputs = (*tensors.values(), torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), *caches)
+    length = torch.export.Dim("length", min=2, max=config.context_length)
+    dynamic = (*[None] * len(tensors), {1: length}, None, *[None] * len(caches))
+    graph = torch.export.export(model, inputs, dynamic_shapes={"inputs": dynamic}).graph
+    for node, key in zip(graph.find_nodes(op="placeholder"), tensors, strict=False):
+        node.meta[WEIGHT] = key
+    return Program(fx.GraphModule(nn.Module(), graph), WeightStore.in_memory(tensors), config)
