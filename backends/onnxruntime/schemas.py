@@ -1,0 +1,80 @@
+"""The ONNX operators of the domain `hikui`: what the graph holds between translation and the passes, and afterwards.
+
+`libhikui_ops.so` implements all of them; passes exchange some for operators that ONNX Runtime has itself.
+"""
+
+import onnx
+from onnx.defs import OpSchema
+
+DOMAIN = "hikui"
+VERSION = 1
+
+_QUANTIZED = (("q", "T8"), ("scale", "T"), ("sums", "T32"))
+_PACKED_A8 = (
+    ("q", "T8"),
+    ("q_scale", "T"),
+    ("q_sums", "T32"),
+    ("weight", "W"),
+    ("scale", "T16"),
+    ("bias", "T", "optional"),
+)
+_BRANCH = (("x", "T"), ("a", "T16"), ("b", "T16"))
+_OUT_FEATURES = {"out_features": "INT"}
+_CACHES = (("key_cache", "T"), ("value_cache", "T"))
+
+_Operand = tuple[str, ...]
+_OPERATORS: dict[str, tuple[tuple[_Operand, ...], tuple[_Operand, ...], dict[str, str]]] = {
+    "Attention": (
+        (("q", "T"), ("k", "T"), ("v", "T"), *_CACHES, ("past", "T64")),
+        (("out", "T"), ("new_key_cache", "T"), ("new_value_cache", "T")),
+        {"scale": "FLOAT"},
+    ),
+    "LinearA8BranchInt4": ((*_PACKED_A8, *_BRANCH), (("y", "T"),), _OUT_FEATURES),
+    "LinearA8BranchInt8": ((*_PACKED_A8, *_BRANCH), (("y", "T"),), _OUT_FEATURES),
+    "LinearA8Int4": (_PACKED_A8, (("y", "T"),), _OUT_FEATURES),
+    "LinearA8Int8": (_PACKED_A8, (("y", "T"),), _OUT_FEATURES),
+    "LinearFloat16": ((("x", "T"), ("weight", "T16"), ("bias", "T", "optional")), (("y", "T"),), _OUT_FEATURES),
+    "LinearFloat32": ((("x", "T"), ("weight", "T"), ("bias", "T", "optional")), (("y", "T"),), _OUT_FEATURES),
+    "QuantizeActivation": ((("x", "T"),), _QUANTIZED, {}),
+    "RmsNorm": ((("x", "T"), ("weight", "T")), (("y", "T"),), {"eps": "FLOAT"}),
+    "RmsNormQuantize": ((("x", "T"), ("weight", "T")), (("y", "T"), *_QUANTIZED), {"eps": "FLOAT"}),
+    "Rotary": ((("x", "T"), ("cos", "T"), ("sin", "T")), (("y", "T"),), {}),
+    "SwiGlu": ((("gate", "T"), ("up", "T")), (("y", "T"),), {}),
+    "SwiGluQuantize": ((("gate", "T"), ("up", "T")), (("y", "T"), *_QUANTIZED), {}),
+}
+
+_TYPES = [
+    ("T", ["tensor(float)"], "activations"),
+    ("T8", ["tensor(int8)"], "quantised activations"),
+    ("T16", ["tensor(float16)"], "scales and branches"),
+    ("T32", ["tensor(int32)"], "sums"),
+    ("T64", ["tensor(int64)"], "positions"),
+    ("W", ["tensor(uint8)", "tensor(int8)"], "packed integer weights"),
+]
+
+
+def _parameter(operand: _Operand) -> OpSchema.FormalParameter:
+    name, type_name, *presence = operand
+    option = OpSchema.FormalParameterOption.Optional if presence else OpSchema.FormalParameterOption.Single
+    return OpSchema.FormalParameter(name, type_name, param_option=option)
+
+
+def _schema(name: str) -> OpSchema:
+    inputs, outputs, attributes = _OPERATORS[name]
+    used = {operand[1] for operand in (*inputs, *outputs)}
+    return OpSchema(
+        name,
+        DOMAIN,
+        VERSION,
+        inputs=[_parameter(operand) for operand in inputs],
+        outputs=[_parameter(operand) for operand in outputs],
+        attributes=[OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind)) for key, kind in attributes.items()],
+        type_constraints=[constraint for constraint in _TYPES if constraint[0] in used],
+    )
+
+
+def register() -> None:
+    """Makes the operators known to onnx, which the exporter asks; a second call does nothing."""
+    for name in _OPERATORS:
+        if not onnx.defs.has(name, VERSION, DOMAIN):
+            onnx.defs.register_schema(_schema(name))

@@ -1,0 +1,116 @@
+"""Programs and single-operator models for the tests of the ONNX Runtime backend."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime  # type: ignore[import-untyped]
+from torch import nn
+
+from hikui.backends.onnxruntime import OnnxRuntimeBackend, library
+from hikui.lowering.driver import available_passes
+from hikui.lowering.interpreter import ReferenceRunner
+from hikui.lowering.passes_base import PassContext, no_progress
+from hikui.lowering.pipeline import Pipeline, parse_pipeline
+from hikui.lowering.program import Program
+from hikui.lowering.target import Target, resolve
+from hikui.lowering.trace import trace
+from hikui.models.synthetic import TINY_VOCABULARY, tiny_model
+
+FLOAT = "canonicalise,pack{format=float32},fuse,dead_code"
+HALF = "canonicalise,pack{format=float16},fuse,dead_code"
+QUANTISED = "canonicalise,rtn{bits=4,group=32},activation{bits=8},pack{format=float16},fuse,dead_code"
+BYTES = "canonicalise,rtn{bits=8,group=64},activation{bits=8},pack{format=float16},fuse,dead_code"
+FLOAT_ACTIVATIONS = "canonicalise,rtn{bits=4,group=32},dead_code"
+
+Array = npt.NDArray[Any]
+
+
+@cache
+def traced(family: str) -> Program:
+    """A tiny model of a family, traced."""
+    return trace(tiny_model(family))
+
+
+@cache
+def lowered(family: str, pipeline: str) -> Program:
+    """A tiny model after some passes; "" is none."""
+    program = traced(family)
+    if not pipeline:
+        return program
+    return Pipeline(parse_pipeline(pipeline, available_passes().values()), ()).run(program, PassContext())
+
+
+def build(program: Program, directory: Path, target: Target | None = None) -> Path:
+    """The program as the backend writes it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    OnnxRuntimeBackend().build(program, target or resolve("host"), directory, no_progress)
+    return directory
+
+
+def tokens(count: int, seed: int = 0) -> npt.NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(3, TINY_VOCABULARY, count)
+
+
+def in_pieces(runner: Any, lengths: Sequence[int], seed: int = 0) -> npt.NDArray[np.float32]:
+    """Logits of random tokens that are fed in pieces of the given lengths: [sum of lengths, V]."""
+    ids, past, rows = tokens(sum(lengths), seed), 0, []
+    for length in lengths:
+        rows.append(runner.forward(ids[past : past + length], past))
+        past += length
+    return np.concatenate(rows)
+
+
+def reference(program: Program, lengths: Sequence[int], seed: int = 0) -> npt.NDArray[np.float32]:
+    return in_pieces(ReferenceRunner(program), lengths, seed)
+
+
+def relative_error(found: Array, wanted: Array) -> float:
+    """The largest difference, relative to the largest value."""
+    assert found.shape == wanted.shape
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@cache
+def host_library() -> Path:
+    """libhikui_ops.so for this machine, built once."""
+    path = Path(mkdtemp(prefix="hikui-test-")) / "libhikui_ops.so"
+    library.build(resolve("host"), path)
+    return path
+
+
+def session(model: ir.Model, threads: int = 1) -> onnxruntime.InferenceSession:
+    """A session with hikui's operators."""
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(host_library()))
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def run(model: ir.Model, feed: Mapping[str, Array], threads: int = 1) -> list[Array]:
+    outputs: list[Array] = session(model, threads).run(None, dict(feed))
+    return outputs
+
+
+def operators(model: ir.Model) -> list[str]:
+    """The operators of the graph in order, with their domains."""
+    return [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph]
+
+
+class Plain(nn.Module):
+    """A module around a function, for torch.export."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
