@@ -12,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hikui.lowering import formats
-from hikui.lowering.formats import SUM_WIDTH, Format
+from hikui.lowering.formats import ROWS, SUM_WIDTH, Format
 
 NAMESPACE = "hikui"
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+_BLOCKS = 512
+"""Blocks of rows unpacked at a time: unpacked, the head of a large vocabulary takes gigabytes."""
 
 _PACKED_A8 = "Tensor q, Tensor q_scale, Tensor q_sums, Tensor weight, Tensor scale, Tensor? bias"
 
@@ -78,17 +81,21 @@ def _activation_meta(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _linear_a8(
     q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, n: int
 ) -> Tensor:
-    fmt = _format(format)
-    blocks, groups, rows = scale.shape
+    fmt, groups = _format(format), scale.shape[1]
     kp = weight.shape[1] * (8 if fmt.kind == "int4" else 4)
-    codes = formats.unpack_codes(fmt, weight, blocks * rows, kp).view(blocks * rows, groups, kp // groups)[:n]
-    scales = scale.transpose(1, 2).reshape(blocks * rows, groups)[:n]
     # Torch has no quick integer product; the narrowest float that holds every partial sum exactly gives the same sums.
     largest = kp // groups * 127 * max(map(abs, fmt.levels))
     exact = torch.float32 if largest <= 2**24 else torch.float64
-    grouped = q[..., :kp].reshape(-1, groups, kp // groups).to(exact)
-    dots = torch.bmm(grouped.transpose(0, 1), codes.permute(1, 2, 0).to(exact))
-    y = (dots.double() * scales.t().double()[:, None]).sum(0) * q_scale.reshape(-1, 1).double()
+    grouped = q[..., :kp].reshape(-1, groups, kp // groups).to(exact).transpose(0, 1)
+    parts = []
+    for start in range(0, weight.shape[0], _BLOCKS):
+        blocks = slice(start, start + _BLOCKS)
+        rows = weight[blocks].shape[0] * ROWS
+        codes = formats.unpack_codes(fmt, weight[blocks], rows, kp).view(rows, groups, kp // groups)
+        scales = scale[blocks].transpose(1, 2).reshape(rows, groups)
+        dots = torch.bmm(grouped, codes.permute(1, 2, 0).to(exact))
+        parts.append((dots.double() * scales.t().double()[:, None]).sum(0))
+    y = torch.cat(parts, 1)[:, :n] * q_scale.reshape(-1, 1).double()
     y = y.float() if bias is None else (y + bias.double()).float()
     return y.reshape(*q.shape[:-1], n).contiguous()
 

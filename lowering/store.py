@@ -7,7 +7,7 @@ scratch folder, or stay in memory where there is none. Tensors never change once
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.errors import HikuiError
+
+_PART = 1 << 24
+"""Elements widened at a time."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,29 @@ class FileTensor:
         """Bytes that the tensor takes in its file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
+    def rows(self, start: int, stop: int) -> "FileTensor":
+        """A part of the tensor, along its first dimension."""
+        width = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+        return replace(self, offset=self.offset + start * width, shape=(stop - start, *self.shape[1:]))
+
     def load(self) -> Tensor:
         """Reads the tensor.
 
         Raises:
             HikuiError: the file is gone or ends before the tensor does.
         """
+        dtype = self.info.dtype
+        if dtype == self.dtype or not self.shape:
+            return self._read().to(dtype)
+        # Widened part by part, so that a large table is never in memory in both widths.
+        out = torch.empty(self.shape, dtype=dtype)
+        step = max(1, _PART // max(1, torch.Size(self.shape[1:]).numel()))
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            out[start:stop] = self.rows(start, stop)._read()
+        return out
+
+    def _read(self) -> Tensor:
         buffer = bytearray(self.nbytes)
         try:
             with self.path.open("rb", buffering=0) as file:
@@ -95,9 +115,8 @@ class FileTensor:
             missing = self.nbytes - read
             raise HikuiError(f"{self.path} ends inside a tensor: {missing} bytes are missing; fetch it again.")
         if not buffer:
-            return torch.empty(self.shape, dtype=self.info.dtype)
-        tensor = torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
-        return tensor.to(self.info.dtype)
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
 
 
 class WeightStore:
@@ -137,6 +156,11 @@ class WeightStore:
     def load(self, key: str) -> Tensor:
         """The tensor of that name; treat it as read-only."""
         return self._source(key).load()
+
+    def load_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Part of a tensor along its first dimension; the rest is not read where the source is a file."""
+        source = self._source(key)
+        return source.rows(start, stop).load() if isinstance(source, FileTensor) else source.load()[start:stop]
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Stores a tensor under a name, replacing what this store (not its forks) had there."""

@@ -75,6 +75,7 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def machine_triple() -> str:
+    """GNU triple of this machine's userland."""
     return f"{platform.machine()}-linux-gnu"
 
 

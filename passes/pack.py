@@ -1,6 +1,7 @@
 """Packs what is still float: backends have kernels for packed matrices only."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from hikui.lowering.formats import pack as pack_matrix
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import SITE, Program
 from hikui.passes.graph import weight_of
-from hikui.passes.packing import float_linears, load_finite, replace_with_packed
+from hikui.passes.packing import float_linears, pack_by_rows, replace_with_packed
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Pack(Pass):
         for index, node in enumerate(chosen):
             context.progress("pack", index, len(chosen))
             site = str(node.meta.get(SITE, work.weight_of(weight_of(node))))
-            packed = pack_matrix(fmt, load_finite(work, weight_of(node), site))
+            packed = pack_by_rows(work, weight_of(node), site, fmt, partial(pack_matrix, fmt))
             if not bool(torch.isfinite(packed.weight).all()):
                 raise HikuiError(f"Site {site}: its weights are beyond {fmt}; pack them as float32.")
             replace_with_packed(work, node, fmt, packed)

@@ -1,10 +1,12 @@
 """Puts a packed matrix in the place of a float linear; `rtn` and `pack` differ only in how the values come about."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import Format, Packed
+from hikui.lowering.formats import ROWS, Format, Packed
 from hikui.lowering.program import FORMAT, SITE, Program
 from hikui.passes.graph import (
     FLOAT_WEIGHT,
@@ -17,21 +19,56 @@ from hikui.passes.graph import (
     replace,
 )
 
+_PART = 1 << 25
+"""Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
 
-def load_finite(program: Program, weight: fx.Node, site: str) -> Tensor:
-    """A float32 matrix of the store.
+
+def load_finite(program: Program, weight: fx.Node, site: str, rows: slice | None = None) -> Tensor:
+    """A float32 matrix of the store, or some of its rows.
 
     Raises:
         HikuiError: it holds NaN or infinite values.
     """
-    tensor = program.store.load(program.weight_of(weight)).float()
+    key = program.weight_of(weight)
+    tensor = program.store.load(key) if rows is None else program.store.load_rows(key, rows.start, rows.stop)
+    tensor = tensor.float()
     bad = int(tensor.numel() - tensor.isfinite().sum())
     if bad:
         raise HikuiError(
-            f"Site {site}: {bad} of {tensor.numel()} values of '{program.weight_of(weight)}' are NaN or infinite; "
+            f"Site {site}: {bad} of {tensor.numel()} values of '{key}' are NaN or infinite; "
             "mend or replace the checkpoint."
         )
     return tensor
+
+
+def pack_by_rows(
+    program: Program, weight: fx.Node, site: str, fmt: Format, pack_rows: Callable[[Tensor], Packed]
+) -> Packed:
+    """Packs a stored matrix a part at a time.
+
+    Args:
+        program: the program that holds it.
+        weight: its placeholder.
+        site: for error sentences.
+        fmt: the format.
+        pack_rows: packs some whole rows.
+
+    Raises:
+        HikuiError: it holds NaN or infinite values.
+    """
+    n, k = map(int, weight.meta["val"].shape)
+    scale_shape = fmt.scale_shape(n, k)
+    packed = torch.empty(fmt.weight_shape(n, k), dtype=fmt.weight_dtype)
+    scale = None if scale_shape is None else torch.empty(scale_shape, dtype=torch.float16)
+    step = max(1, _PART // (k * ROWS)) * ROWS
+    for start in range(0, n, step):
+        stop = min(start + step, n)
+        part = pack_rows(load_finite(program, weight, site, slice(start, stop)))
+        blocks = slice(start // ROWS, -(-stop // ROWS))
+        packed[blocks] = part.weight
+        if scale is not None and part.scale is not None:
+            scale[blocks] = part.scale
+    return Packed(packed, scale)
 
 
 def replace_with_packed(program: Program, node: fx.Node, fmt: Format, packed: Packed) -> fx.Node:

@@ -7,11 +7,11 @@ import torch
 from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.formats import GROUPS, Format, pack
+from hikui.lowering.formats import GROUPS, Format, Packed, pack
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import FORMAT, SITE, STATISTICS, Program
 from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
-from hikui.passes.packing import load_finite, replace_with_packed
+from hikui.passes.packing import pack_by_rows, replace_with_packed
 from hikui.passes.rounding import round_matrix
 
 _KINDS = {4: "int4", 8: "int8", 16: "float16", 32: "float32"}
@@ -87,16 +87,18 @@ class Rtn(Pass):
     def _quantise(self, program: Program, node: fx.Node) -> list[str]:
         site = node.meta[SITE]
         fmt = Format.parse(node.meta[FORMAT]) if FORMAT in node.meta else self.format
-        weight = load_finite(program, weight_of(node), site)
-        if fmt.is_integer:
-            importance = program.store.load(node.meta[STATISTICS]["mean_square"]) if self.weighted else None
+        importance = program.store.load(node.meta[STATISTICS]["mean_square"]) if self.weighted else None
+
+        def pack_rows(rows: torch.Tensor) -> Packed:
+            if not fmt.is_integer:
+                return pack(fmt, _checked(rows, fmt, site))
             try:
-                rounded = round_matrix(weight, fmt, self.clip, importance)
+                rounded = round_matrix(rows, fmt, self.clip, importance)
             except OverflowError as error:
                 raise HikuiError(f"Site {site}: {error}; leave it out with skip, or choose a float format.") from error
-            packed = pack(fmt, rounded.codes, rounded.scale)
-        else:
-            packed = pack(fmt, _checked(weight, fmt, site))
+            return pack(fmt, rounded.codes, rounded.scale)
+
+        packed = pack_by_rows(program, weight_of(node), site, fmt, pack_rows)
         notes = [f"{site}: {note}" for note in fmt.notes(*matrix_shape(node))]
         replace_with_packed(program, node, fmt, packed)
         return notes

@@ -12,7 +12,7 @@ HEAD_SIZE = WIDTH // HEADS
 
 
 class _Model(nn.Module):
-    def forward(  # noqa: PLR0913
+    def forward(
         self, embed: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, head: Tensor,
         tokens: Tensor, past: Tensor, key_cache: Tensor, value_cache: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip

@@ -1,0 +1,112 @@
+"""What `make demo` shows: one model, lowered for every backend and board, telling the same story everywhere.
+
+The reference model is lowered with the recipe `int4`; the interpreter of the lowered graph says what is right. Boards
+of another architecture run under qemu-user; where that or a compiler is missing they are left out, with a word.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from hikui.lowering import driver
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.generate import generate
+from hikui.lowering.interpreter import ReferenceRunner
+from hikui.lowering.runners import load
+from hikui.lowering.target import machine_triple, resolve
+from hikui.lowering.text import TextCodec
+
+MODEL = "reference"
+RECIPE = "int4"
+PROMPT = "One day, a girl named"
+TOKENS = 64
+TIE = 1e-3
+"""Two logits closer than this part of the largest one are a tie."""
+
+BOARDS = ("raspberry-pi-4", "raspberry-pi-5")
+
+
+def boards() -> Iterator[tuple[str, str | None]]:
+    """The targets to show, each with the reason why it cannot be shown here, if there is one."""
+    yield "host", None
+    for name in BOARDS:
+        triple = resolve(name).triple
+        machine = triple.partition("-")[0]
+        if triple != machine_triple() and shutil.which(f"qemu-{machine}") is None:
+            yield name, f"qemu-{machine} is not installed"
+        else:
+            yield name, None
+
+
+def compare(reference: ReferenceRunner, prompt: list[int], expected: list[int], got: list[int]) -> tuple[bool, str]:
+    """Whether two continuations are the same, or part only where two tokens tie; and that in words.
+
+    Activations are rounded to 8 bits, so a difference in the last bit of a sum can round one of them the other way.
+    Where the two best logits lie closer than that moves them, either token is right, and another story follows.
+    """
+    if got == expected:
+        return True, "same text"
+    step = next((i for i, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None)
+    if step is None:
+        return False, f"DIFFERENT LENGTH: {len(got)} tokens"
+    reference.reset()
+    logits = reference.forward(np.array([*prompt, *expected[:step]]), 0)[-1]
+    gap = float(logits[expected[step]] - logits[got[step]]) / float(np.abs(logits).max())
+    if gap <= TIE:
+        return True, f"same text to token {step}, then a tie ({gap:.2%})"
+    return False, f"DIFFERENT from token {step} on ({gap:.2%} apart)"
+
+
+def main(folder: Path) -> int:
+    """Runs the demonstration; the exit status is 0 where all texts are equal."""
+    start = time.perf_counter()
+    prepared = driver.prepare(MODEL, RECIPE)
+    config = prepared.program.config
+    assert prepared.program.tokenizer is not None, "the reference model has its tokenizer"
+    codec = TextCodec(prepared.program.tokenizer)
+    prompt = [*([] if config.bos_token_id is None else [config.bos_token_id]), *codec.encode(PROMPT)]
+    reference = ReferenceRunner(prepared.program)
+    expected = generate(reference, prompt, max_new_tokens=TOKENS, stop=config.eos_token_ids).tokens
+    print(f"{PROMPT}{codec.decode([*prompt, *expected]).removeprefix(PROMPT)}\n")
+    print(f"{'interpreter':<30} {len(expected)} tokens, {time.perf_counter() - start:.0f} s", flush=True)
+    equal = True
+    for target, missing in boards():
+        for backend in driver.BACKENDS:
+            name = f"{backend} on {target}"
+            if missing is not None:
+                print(f"{name:<30} left out: {missing}")
+                continue
+            start = time.perf_counter()
+            try:
+                artefact = driver.build(prepared, folder / f"{backend}-{target}", target=target, backend=backend)
+                with load(artefact.directory, emulate=target != "host") as model:
+                    _, result = model.generate(PROMPT, max_new_tokens=TOKENS)
+            except HikuiError as error:
+                if target == "host":
+                    raise
+                print(f"{name:<30} left out: {error}", flush=True)
+                continue
+            right, verdict = compare(reference, prompt, expected, result.tokens)
+            equal &= right
+            sizes = artefact.manifest.sizes
+            print(
+                f"{name:<30} {len(result.tokens)} tokens, {verdict}; {sizes.true_bpw:.3f} bits/weight, "
+                f"{sizes.weight_bytes / 1e6:.1f} MB of weights, {sizes.total_bytes / 1e6:.1f} MB in all; "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    print("\nAll texts are equal." if equal else "\nThe texts are not all equal.")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    with TemporaryDirectory() as directory:
+        try:
+            sys.exit(main(Path(directory)))
+        except HikuiError as error:
+            sys.exit(f"demo: {error}")

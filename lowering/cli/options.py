@@ -1,0 +1,41 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder or id, or `reference` for the model that comes with hikui.", metavar="MODEL"
+    ),
+]
+ArtefactFolder = Annotated[Path, typer.Argument(help="An artefact, as `hikui lower` writes it.", metavar="DIR")]
+Context = Annotated[
+    int | None, typer.Option(help="Context length; by default the model's own, at most 2048.", show_default=False)
+]
+CalibrationText = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        help="Text that calibrating passes read, documents separated by <|endoftext|>.",
+        show_default=False,
+    ),
+]
+TokenizerFolder = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Folder with a tokenizer, instead of the model's own.", show_default=False),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option("--target-bpw", help="Budget of the recipe's `assign` pass, in bits per weight.", show_default=False),
+]
+DumpFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--debug-dump", help="Folder for the program's text and its diff after each pass.", show_default=False
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+Emulate = Annotated[bool, typer.Option("--emulate", help="Run an artefact for another architecture under qemu-user.")]

@@ -1,0 +1,113 @@
+"""Output folders that are whole or absent: everything is made in a hidden sibling, which is renamed at the very end."""
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from hikui.lowering.errors import HikuiError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class StagedFolder:
+    """Makes a folder whole or not at all.
+
+    While it is entered, `content` is what will become the folder and `scratch` is for temporary files. A process that
+    is killed leaves a hidden sibling behind, which the next one with the same destination removes: the lock that the
+    living hold on theirs tells them apart.
+
+    Args:
+        destination: the folder to make.
+        marker: a file whose presence says that an existing folder may be replaced.
+
+    Raises:
+        HikuiError: the destination is something else than such a folder, or cannot be written.
+    """
+
+    def __init__(self, destination: Path, marker: str) -> None:
+        self.destination = Path(os.path.abspath(destination))
+        self._marker = marker
+
+    def __enter__(self) -> "StagedFolder":
+        self._refuse_strangers()
+        parent = self.destination.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._remove_stale()
+            self._root = Path(tempfile.mkdtemp(prefix=self._prefix, suffix=".partial", dir=parent))
+            self._lock = os.open(self._root, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self.content = self._root / "content"
+            self.scratch = self._root / "scratch"
+            self.content.mkdir()
+            self.scratch.mkdir()
+        except OSError as error:
+            raise self.failure(error) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._publish()
+        except OSError as problem:
+            raise self.failure(problem) from problem
+        finally:
+            os.close(self._lock)
+            shutil.rmtree(self._root, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (*_FULL, errno.EACCES, errno.EROFS):
+            raise self.failure(error) from error
+
+    def failure(self, error: OSError) -> HikuiError:
+        """What a failed write means to the user."""
+        reason = error.strerror or str(error)
+        if error.errno in _FULL:
+            return HikuiError(
+                f"{self.destination} cannot be written: {reason}; make room or choose another -o. Nothing was left."
+            )
+        return HikuiError(f"{self.destination} cannot be written: {reason}; choose another -o.")
+
+    @property
+    def _prefix(self) -> str:
+        return f".{self.destination.name}."
+
+    def _refuse_strangers(self) -> None:
+        at = self.destination
+        if at.is_symlink() or (at.exists() and not at.is_dir()):
+            raise HikuiError(f"{at} exists and is not a folder; choose another -o.")
+        if at.is_dir() and any(at.iterdir()) and not (at / self._marker).is_file():
+            raise HikuiError(f"{at} holds something else than an artefact; choose another -o, or empty it.")
+
+    def _remove_stale(self) -> None:
+        for stale in sorted(self.destination.parent.glob(f"{self._prefix}*.partial")):
+            lock = os.open(stale, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale, ignore_errors=True)
+            except BlockingIOError:
+                continue
+            finally:
+                os.close(lock)
+
+    def _publish(self) -> None:
+        for folder, _, files in os.walk(self.content, topdown=False):
+            for name in files:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        # Two runs may have passed the check at the start.
+        self._refuse_strangers()
+        if self.destination.exists():
+            self.destination.rename(self._root / "replaced")
+        self.content.rename(self.destination)
+        _sync(self.destination.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

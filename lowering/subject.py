@@ -1,0 +1,92 @@
+"""What `hikui eval` measures: an artefact, or a model in the interpreter, seen through one interface."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hikui.lowering import driver, sizes, text
+from hikui.lowering.artefact import Artefact, is_artefact
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.generate import Runner
+from hikui.lowering.interpreter import ReferenceRunner
+from hikui.lowering.passes_base import Progress, no_progress
+from hikui.lowering.runners import open_runner
+from hikui.lowering.text import TextCodec
+from hikui.lowering.trace import trace
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that runs, with what an evaluation says about it.
+
+    Attributes:
+        kind: how it runs, in words.
+        linear_bytes: of the linear sites, the head among them.
+        total_bytes: of the whole artefact, or of all weights where there is none.
+    """
+
+    kind: str
+    runner: Runner
+    codec: TextCodec
+    bos: int | None
+    true_bpw: float
+    linear_bytes: int
+    total_bytes: int
+
+
+def open_subject(
+    model: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    calibration: Path | None = None,
+    context: int | None = None,
+    target_bpw: float | None = None,
+    tokenizer: Path | None = None,
+    emulate: bool = False,
+    progress: Progress = no_progress,
+) -> Subject:
+    """Opens an artefact, or a model for the interpreter, through a recipe's passes where one is given.
+
+    Raises:
+        UsageError: options for a model were given with an artefact.
+        HikuiError: it cannot be opened, or has no tokenizer.
+    """
+    if is_artefact(Path(model)):
+        if recipe is not None or calibration is not None or target_bpw is not None or context is not None:
+            raise UsageError(f"{model} is an artefact, whose recipe and context are fixed; give a model to try others.")
+        artefact = Artefact.load(model)
+        taken = artefact.manifest.sizes
+        return Subject(
+            f"artefact, {artefact.manifest.backend} for {artefact.manifest.target.name}",
+            open_runner(artefact, emulate=emulate),
+            artefact.codec() if tokenizer is None else TextCodec(tokenizer),
+            artefact.manifest.model.bos_token_id,
+            taken.true_bpw,
+            taken.linear_bytes,
+            taken.total_bytes,
+        )
+    if recipe is None:
+        kind = "interpreter, float"
+        program = trace(driver.model_source(model), context=context, tokenizer=tokenizer)
+    else:
+        prepared = driver.prepare(
+            model,
+            recipe,
+            calibration=calibration,
+            context=context,
+            target_bpw=target_bpw,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+        kind, program = f"interpreter, recipe {prepared.recipe.name}", prepared.program
+    if program.tokenizer is None:
+        raise HikuiError(f"{model} has no tokenizer, so no text can be measured; give one with --tokenizer.")
+    measured = sizes.measure(program)
+    return Subject(
+        kind,
+        ReferenceRunner(program),
+        text.TextCodec(program.tokenizer),
+        program.config.bos_token_id,
+        round(measured.true_bpw, 6),
+        measured.linear_bytes,
+        measured.total_bytes,
+    )

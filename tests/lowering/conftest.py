@@ -1,0 +1,59 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hikui.lowering import driver
+from hikui.lowering.artefact import Artefact
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.target import resolve
+from hikui.models.synthetic import tiny_checkpoint
+
+STORIES = "\n<|endoftext|>\n".join(
+    f"Once there was a {animal} who lived in a {place}. Every day the {animal} went out of the {place} to look for "
+    f"{food}. One day it rained, and the {animal} stayed at home and was glad."
+    for animal, place, food in (
+        ("fox", "den", "mice"),
+        ("bird", "nest", "worms"),
+        ("bear", "cave", "honey"),
+        ("frog", "pond", "flies"),
+        ("cow", "barn", "grass"),
+        ("mouse", "hole", "cheese"),
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with a tokenizer of ASCII bytes."""
+    return tiny_checkpoint("llama", tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="session")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of six short documents."""
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text(STORIES)
+    return path
+
+
+@pytest.fixture(scope="session")
+def prepared(tiny: Path) -> driver.Prepared:
+    """The tiny model after the recipe `int4`."""
+    return driver.prepare(tiny, "int4")
+
+
+@pytest.fixture(scope="session")
+def built(prepared: driver.Prepared, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+    """The tiny model as an artefact for this machine; not to be changed."""
+    try:
+        resolve("host")
+    except HikuiError as error:
+        pytest.skip(str(error))
+    return driver.build(prepared, tmp_path_factory.mktemp("built") / "artefact", backend="tvm")
+
+
+@pytest.fixture
+def artefact(built: Artefact, tmp_path: Path) -> Artefact:
+    """A copy of the artefact that a test may damage."""
+    return Artefact.load(shutil.copytree(built.directory, tmp_path / "artefact"))

@@ -1,0 +1,214 @@
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import hikui
+from hikui.lowering import driver
+from hikui.lowering.artefact import MANIFEST, Artefact
+from hikui.lowering.cli import run
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.generate import generate
+from hikui.lowering.interpreter import ReferenceRunner
+from hikui.lowering.target import TARGETS
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def hikui_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs a command in this process: status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run([str(argument) for argument in arguments])
+        return (status, *capsys.readouterr())
+
+    yield call
+    logging.disable(logging.NOTSET)
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from hikui.lowering.cli import run; status = run(['--help'])\n"
+        "print(sorted({'torch', 'tvm', 'transformers', 'onnxruntime', 'scipy', 'numpy'} & set(sys.modules)), status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    *text, last = done.stdout.splitlines()
+    assert last == "[] 0"
+    for name in ("lower", "run", "eval", "verify", "inspect", "opt", "explain", "passes", "targets", "doctor"):
+        assert any(name in line.split() for line in text)
+
+
+def test_inspecting_an_artefact_needs_no_torch(built: Artefact) -> None:
+    program = (
+        "import sys; from hikui.lowering.cli import run\n"
+        f"status = run(['inspect', {str(built.directory)!r}])\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, status)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False False 0"
+
+
+def test_version(hikui_command: Command) -> None:
+    assert hikui_command("--version") == (0, f"hikui {hikui.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("lowr",),
+        ("lower", "reference"),
+        ("run", "somewhere", "--max-new-tokens", "0"),
+        ("run", "somewhere", "--max-new-token", "3"),
+    ],
+)
+def test_a_wrong_request_is_status_two(hikui_command: Command, arguments: tuple[str, ...]) -> None:
+    status, out, err = hikui_command(*arguments)
+    assert status == 2
+    assert out == ""
+    assert "Error" in err
+
+
+def test_an_error_is_one_sentence_on_stderr_and_its_status(hikui_command: Command, tmp_path: Path) -> None:
+    for arguments, expected, words in (
+        (("lower", "reference", "-o", tmp_path / "a", "--recipe", "int44"), 2, "Did you mean 'int4'?"),
+        (("lower", "reference", "-o", tmp_path / "a", "--target", "raspberry-pi-6"), 2, "raspberry-pi"),
+        (("lower", "reference", "-o", tmp_path / "a", "--calibration", tmp_path / "no"), 2, "No such file"),
+        (("lower", tmp_path / "no-model", "-o", tmp_path / "a"), 1, "does not exist"),
+        (("opt", "reference", "--pipeline", "canonicalize"), 2, "Did you mean 'canonicalise'?"),
+        (("opt", "reference", "--pipeline", "rtn{bits=4"), 2, "closing brace"),
+        (("opt", "reference", "--pipeline", "canonicalise", "--print-ir-after", "fuse"), 2, "has no such pass"),
+        (("run", tmp_path, "--prompt", "Hi"), 1, "is not an artefact"),
+        (("eval", "reference", "--text", tmp_path / "no"), 2, "No such file"),
+        (("verify", tmp_path), 1, "is not an artefact"),
+    ):
+        status, out, err = hikui_command(*arguments)
+        assert (status, out) == (expected, ""), arguments
+        assert err.startswith("hikui: "), arguments
+        assert err.count("\n") == 1, arguments
+        assert words in err, arguments
+    assert not (tmp_path / "a").exists()
+
+
+def test_debug_lets_the_error_through(tmp_path: Path) -> None:
+    with pytest.raises(HikuiError, match="is not an artefact"):
+        run(["inspect", str(tmp_path), "--debug"])
+
+
+def test_run_gives_the_interpreters_greedy_tokens(
+    hikui_command: Command, built: Artefact, prepared: driver.Prepared
+) -> None:
+    options = ("--prompt", "Once", "--max-new-tokens", 8, "--ignore-eos")
+    status, out, err = hikui_command("run", built.directory, *options, "--json")
+    assert (status, err) == (0, "")
+    answer = json.loads(out)
+    assert set(answer) == {"prompt", "tokens", "text", "first_token_seconds", "tokens_per_second"}
+    expected = generate(ReferenceRunner(prepared.program), built.encode_prompt("Once"), max_new_tokens=8)
+    assert answer["tokens"] == expected.tokens
+    assert answer["first_token_seconds"] > 0
+    status, out, _ = hikui_command("run", built.directory, *options)
+    assert out == f"Once{answer['text']}\n"
+
+
+def test_a_prompt_longer_than_the_cache_is_refused(hikui_command: Command, built: Artefact) -> None:
+    status, out, err = hikui_command("run", built.directory, "--prompt", "long " * 50)
+    assert (status, out) == (1, "")
+    assert "the cache holds 64; shorten the prompt or lower the model with a larger --context." in err
+
+
+def test_eval_of_an_artefact_against_its_float_model(
+    hikui_command: Command, built: Artefact, tiny: Path, stories: Path
+) -> None:
+    command = ("eval", built.directory, "--text", stories, "--documents", 2, "--against", tiny, "--json")
+    status, out, err = hikui_command(*command)
+    assert (status, err) == (0, "")
+    answer = json.loads(out)
+    assert {
+        "perplexity", "bits_per_char", "true_bpw", "linear_bytes", "total_bytes", "peak_memory_bytes",
+        "tokens_per_second", "first_token_seconds", "protocol",
+    } <= set(answer)  # fmt: skip
+    assert answer["documents"] == 2
+    assert answer["true_bpw"] == built.manifest.sizes.true_bpw
+    assert answer["total_bytes"] == built.manifest.sizes.total_bytes
+    assert answer["against"]["true_bpw"] == 32
+    assert answer["against"]["divergence"] > 0
+    assert answer["bits_per_char"] == pytest.approx(answer["against"]["bits_per_char"], rel=0.05)
+    assert answer["tokens_per_second"] > 0
+
+
+def test_eval_through_a_recipe_is_eval_of_the_artefact(
+    hikui_command: Command, built: Artefact, tiny: Path, stories: Path
+) -> None:
+    options = ("--text", stories, "--documents", 2, "--json")
+    answers = [
+        json.loads(hikui_command("eval", *subject, *options)[1])
+        for subject in ((built.directory,), (tiny, "--recipe", "int4"))
+    ]
+    assert answers[0]["runs_as"] != answers[1]["runs_as"]
+    for key in ("true_bpw", "linear_bytes", "tokens", "characters"):
+        assert answers[0][key] == answers[1][key]
+    assert answers[0]["bits_per_char"] == pytest.approx(answers[1]["bits_per_char"], rel=1e-3)
+    status, _, err = hikui_command("eval", built.directory, "--recipe", "int4", *options)
+    assert status == 2
+    assert "is an artefact, whose recipe and context are fixed" in err
+
+
+def test_verify_says_what_it_checked_and_fails_on_damage(hikui_command: Command, artefact: Artefact) -> None:
+    status, out, _ = hikui_command("verify", artefact.directory, "--json")
+    assert status == 0
+    assert {check["check"]: check["passed"] for check in json.loads(out)} == {
+        "files": True,
+        "libraries": True,
+        "numbers": True,
+    }
+    (artefact.directory / "report.html").write_bytes(b"x" * artefact.manifest.files["report.html"].bytes)
+    status, out, err = hikui_command("verify", artefact.directory)
+    assert (status, out) == (1, "")
+    assert "report.html is damaged" in err
+
+
+def test_inspect_shows_the_manifest(hikui_command: Command, built: Artefact) -> None:
+    assert json.loads(hikui_command("inspect", built.directory, "--json")[1]) == json.loads(
+        (built.directory / MANIFEST).read_text()
+    )
+    out = hikui_command("inspect", built.directory)[1]
+    assert all(name in out for name in built.manifest.sites)
+
+
+def test_opt_prints_the_program_and_what_the_passes_did(hikui_command: Command, tiny: Path) -> None:
+    pipeline = "canonicalise,rtn{bits=8,group=32}"
+    status, out, _ = hikui_command("opt", tiny, "--pipeline", pipeline, "--print-ir", "--timing")
+    assert status == 0
+    assert out.startswith("program LlamaForCausalLM context=64")
+    assert '"int8-g32"' in out
+    assert "rtn{bits=8,group=32}" in out
+    status, out, _ = hikui_command("opt", tiny, "--pipeline", pipeline, "--print-ir-after", "canonicalise")
+    assert out.startswith("// after canonicalise\nprogram ")
+    assert "hikui.linear" not in out
+
+
+def test_explain_lists_sites_and_what_was_fused(hikui_command: Command, tiny: Path) -> None:
+    answer = json.loads(hikui_command("explain", tiny, "--json")[1])
+    assert {"site": "lm_head", "group": "lm_head", "block": None, "shape": [131, 48]} in answer["sites"]
+    assert answer["findings"] == []
+    assert any("norm" in note for step in answer["passes"] for note in step["notes"])
+    assert "lm_head" in hikui_command("explain", tiny)[1]
+
+
+def test_passes_targets_and_doctor(hikui_command: Command) -> None:
+    listed = {row["name"]: row["options"] for row in json.loads(hikui_command("passes", "--json")[1])}
+    assert listed["rtn"]["group"] == 64
+    assert "canonicalise" in hikui_command("passes")[1]
+    targets = json.loads(hikui_command("targets", "--json")[1])
+    assert [target["name"] for target in targets] == list(TARGETS)
+    assert sum(target["host"] for target in targets) <= 1
+    assert hikui_command("targets")[1].count("\n") == len(TARGETS)
+    status, out, _ = hikui_command("doctor", "--json")
+    assert status == 0
+    found = {row["name"]: row["found"] for row in json.loads(out)}
+    assert found["torch"] is not None
