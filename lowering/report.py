@@ -15,6 +15,7 @@ from hikui.lowering.passes_base import Progress
 from hikui.lowering.pipeline import StepRecord
 from hikui.lowering.program import SITE, Program
 from hikui.lowering.sizes import OPERANDS, Sizes
+from hikui.lowering.store import WeightStore
 
 JSON = "report.json"
 HTML = "report.html"
@@ -51,7 +52,7 @@ def site_reports(lowered: Program, sizes: Sizes, origin: Program | None, progres
         progress("error of each site", index, len(sizes.sites))
         error = None
         if site.name in packed and site.name in floats and origin is not None:
-            error = _error(lowered, packed[site.name], origin.store.load(floats[site.name]))
+            error = _error(lowered, packed[site.name], origin.store, floats[site.name])
         notes = Format.parse(site.format).notes(site.out_features, site.in_features) if site.name in packed else []
         reports.append(
             SiteReport(
@@ -74,10 +75,10 @@ def _float_sites(program: Program) -> dict[str, str]:
     return found
 
 
-def _error(program: Program, node: fx.Node, original: Tensor) -> float:
+def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> float:
     places = OPERANDS[node.target]
     fmt = Format.parse(str(node.args[places.format]))
-    k = int(original.shape[1])
+    n, k = floats.info(key).shape
 
     def load(position: int) -> Tensor | None:
         operand = node.args[position]
@@ -90,7 +91,7 @@ def _error(program: Program, node: fx.Node, original: Tensor) -> float:
     # By blocks of rows: unpacked, the head of a large vocabulary takes gigabytes.
     for block in range(0, weight.shape[0], _BLOCKS):
         blocks = slice(block, block + _BLOCKS)
-        rows = original[block * ROWS : (block + _BLOCKS) * ROWS].float()
+        rows = floats.load_rows(key, block * ROWS, min((block + _BLOCKS) * ROWS, n)).float()
         count = rows.shape[0]
         approximation = unpack(fmt, weight[blocks], None if scale is None else scale[blocks], count, k)
         if branch:

@@ -19,7 +19,7 @@ from hikui.passes.graph import (
     replace,
 )
 
-_PART = 1 << 25
+_PART = 1 << 24
 """Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
 
 

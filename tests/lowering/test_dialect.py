@@ -115,3 +115,12 @@ def test_the_mask_hides_what_comes_later() -> None:
     mask = ops.causal_mask(torch.tensor([2]), 3, 8)[0, 0]
     for row in range(3):
         assert mask[row].tolist() == [0.0 if column <= 2 + row else -math.inf for column in range(8)]
+
+
+def test_a_tall_matrix_is_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scale = packed(Format("int4", 32), 100, 64)
+    assert scale is not None
+    q = formats.quantize_activation(random(3, 64))
+    whole = ops.linear_a8(*q, weight, scale, None, "int4-g32", 100)
+    monkeypatch.setattr("hikui.lowering.dialect._BLOCKS", 2)
+    assert torch.equal(ops.linear_a8(*q, weight, scale, None, "int4-g32", 100), whole)

@@ -10,7 +10,7 @@ from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.interpreter import Interpreter, ReferenceRunner, block_segments, run_blocks
 from hikui.lowering.printer import diff, to_text
 from hikui.lowering.program import Program
-from hikui.lowering.store import FileTensor, WeightStore
+from hikui.lowering.store import FileTensor, MemoryTensor, WeightStore
 from hikui.lowering.trace import trace
 from hikui.lowering.verifier import verify
 from hikui.models.synthetic import tiny_model
@@ -179,3 +179,21 @@ def test_checkpoint_tensors_are_widened(tmp_path: Path) -> None:
     source = FileTensor(file, 3, torch.bfloat16, (2, 3), widen=True)
     assert source.info.dtype == torch.float32
     assert torch.equal(source.load(), tensor.float().view(2, 3))
+
+
+def test_rows_of_a_file_are_read_alone(tmp_path: Path) -> None:
+    file, tensor = tmp_path / "w.bin", torch.randn(7, 3).half()
+    file.write_bytes(tensor.view(torch.uint8).numpy().tobytes())
+    store = WeightStore({"w": FileTensor(file, 0, torch.float16, (7, 3), widen=True)})
+    store.alias("kept", MemoryTensor(tensor))
+    assert torch.equal(store.load_rows("w", 2, 5), tensor[2:5].float())
+    assert torch.equal(store.load_rows("kept", 2, 5), tensor[2:5])
+    file.write_bytes(file.read_bytes()[:18])
+    assert torch.equal(store.load_rows("w", 0, 3), tensor[:3].float()), "what lies behind the rows does not matter"
+
+
+def test_a_large_tensor_is_widened_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hikui.lowering.store._PART", 8)
+    file, tensor = tmp_path / "w.bin", torch.randn(11, 3).bfloat16()
+    file.write_bytes(tensor.view(torch.uint8).numpy().tobytes())
+    assert torch.equal(FileTensor(file, 0, torch.bfloat16, (11, 3), widen=True).load(), tensor.float())
