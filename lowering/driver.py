@@ -101,6 +101,11 @@ def prepare(
     path = None if calibration is None else Path(calibration)
     if path is not None:
         text.read_documents(path)
+    elif step := next((step for step in passes if step.calibrates), None):
+        raise HikuiError(
+            f"Recipe {chosen.name}: pass {step.name} measures the model on real text and none was given; give some "
+            "with --calibration TEXT_FILE."
+        )
     progress("trace", 0, 1)
     traced = trace(model_source(model), context=context, scratch=scratch, tokenizer=tokenizer)
     progress("trace", 1, 1)

@@ -55,9 +55,15 @@ class PassResult:
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass."""
+    """Base of every pass.
+
+    Attributes:
+        name: as in pipelines and recipes.
+        calibrates: whether it needs `PassContext.calibration`, so that a run without any is refused before it starts.
+    """
 
     name: ClassVar[str]
+    calibrates: ClassVar[bool] = False
 
     def requires(self, program: Program) -> None:
         """Checks that the program can be taken.

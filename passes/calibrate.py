@@ -54,6 +54,7 @@ class Calibrate(Pass):
     """
 
     name: ClassVar[str] = "calibrate"
+    calibrates: ClassVar[bool] = True
     gram: bool = False
 
     def requires(self, program: Program) -> None:

@@ -68,9 +68,11 @@ def test_the_budget_can_be_set_and_one_that_is_too_small_names_the_smallest(
         driver.prepare(tiny, "mixed-5.5bit", calibration=stories, target_bpw=1.0)
 
 
-def test_a_recipe_that_calibrates_wants_text(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(HikuiError, match="--calibration"):
-        driver.lower(tiny, tmp_path / "out", recipe="mixed-5.5bit")
+def test_a_recipe_that_calibrates_wants_text_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(HikuiError, match="calibrate measures .* --calibration"):
+        driver.lower(tiny, tmp_path / "out", recipe="mixed-5.5bit", progress=lambda label, _, __: done.append(label))
+    assert done == []
     assert list(tmp_path.iterdir()) == []
 
 
