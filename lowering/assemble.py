@@ -15,6 +15,7 @@ from hikui.lowering import artefact as artefacts
 from hikui.lowering import report, sizes, text
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.interpreter import ReferenceRunner
+from hikui.lowering.memory import give_back
 from hikui.lowering.passes_base import Pass, Progress
 from hikui.lowering.pipeline import StepRecord
 from hikui.lowering.program import Program
@@ -75,7 +76,9 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
     require_room(directory, taken.total_bytes)
     built = backend.build(program, target, directory, progress)
     progress("reference numbers", 0, 1)
+    give_back()
     reference_numbers(program).save(directory / artefacts.REFERENCE)
+    give_back()
     progress("reference numbers", 1, 1)
     if program.tokenizer is not None:
         text.copy_tokenizer(program.tokenizer, directory / artefacts.TOKENIZER)

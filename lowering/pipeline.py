@@ -12,6 +12,7 @@ from typing import Protocol, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.memory import give_back
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import Program
 from hikui.lowering.verifier import verify
@@ -165,6 +166,7 @@ class Pipeline:
                 raise VerificationError(f"Pass {step.name}: {error}") from error
             except HikuiError as error:
                 raise type(error)(f"Pass {step.name}: {error}") from error
+            give_back()
             seconds = time.perf_counter() - start
             self.records.append(StepRecord(str(step), result.modified, seconds, tuple(result.notes)))
             for callback in self.callbacks:
