@@ -163,15 +163,19 @@ class Program:
         self.store.drop(unused)
         return unused
 
-    def propagate(self, *, everything: bool = False) -> None:
-        """Fills in meta["val"] where a pass left it out (or everywhere), in the mode that holds the symbol of T."""
+    def infer(self, node: fx.Node) -> None:
+        """Works out meta["val"] of a call from its operands', in the mode that holds the symbol of T."""
         mode = self.fake_mode
         # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
         unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
         with mode, torch.no_grad(), unguarded:
-            for node in self.graph.nodes:
-                if node.op == "call_function" and (everything or "val" not in node.meta):
-                    node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
+            node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
+
+    def propagate(self, *, everything: bool = False) -> None:
+        """Fills in meta["val"] where a pass left it out, or everywhere."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and (everything or "val" not in node.meta):
+                self.infer(node)
 
     def recompile(self) -> None:
         """To be called after the graph was edited: fills in missing metadata, checks and regenerates the code."""

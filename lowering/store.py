@@ -135,10 +135,6 @@ class WeightStore:
     def in_memory(tensors: dict[str, Tensor]) -> "WeightStore":
         return WeightStore({key: MemoryTensor(tensor) for key, tensor in tensors.items()})
 
-    @staticmethod
-    def from_sources(sources: dict[str, TensorSource], scratch: Path | None = None) -> "WeightStore":
-        return WeightStore(sources, scratch)
-
     def keys(self) -> list[str]:
         return sorted(self._sources)
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import TypeGuard
 
 import torch
@@ -86,10 +85,7 @@ def insert(
     assert callable(target)
     with program.graph.inserting_before(before):
         node = program.graph.call_function(target, args)
-    # Working out shapes must not narrow the range of T: broadcasting alone would record that T is not 1.
-    shapes = program.fake_mode.shape_env
-    with program.fake_mode, torch.no_grad(), shapes.suppress_guards() if shapes else nullcontext():
-        node.meta["val"] = target(*fx.node.map_arg(args, lambda operand: operand.meta["val"]))
+    program.infer(node)
     for key in INHERITED:
         if key in like.meta:
             node.meta[key] = like.meta[key]

@@ -71,7 +71,7 @@ def trace(
     assign_blocks(converted.graph)
     sources: dict[str, TensorSource] = {key: opened.sources[key] for key in converted.parameters}
     sources |= {key: MemoryTensor(tensor) for key, tensor in converted.constants.items()}
-    store = WeightStore.from_sources(sources, scratch)
+    store = WeightStore(sources, scratch)
     if finite:
         check_finite(store)
     config = ModelConfig(
@@ -84,13 +84,9 @@ def trace(
     )
     folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
     program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, folder)
-    # Identities and layout were cut out, so strides may differ from what export saw. Broadcasting over T makes torch
-    # note that T is not 1, which would narrow the range; it is true of the strides only.
-    shape_env = program.fake_mode.shape_env
-    assert shape_env is not None, "export makes symbols"
-    with shape_env.suppress_guards():
-        program.propagate(everything=True)
-        program.recompile()
+    # Identities and layout were cut out, so strides may differ from what export saw.
+    program.propagate(everything=True)
+    program.recompile()
     return program
 
 
