@@ -78,11 +78,23 @@ def _activation_meta(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def _quantize_activation(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return formats.quantize_activation(x)
+
+
+def _quantize_activation_int4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return formats.quantize_activation(x, bits=4)
+
+
+def _activation_static_meta(x: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _activation_meta(x)
+
+
 def _linear_a8(
     q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, n: int
 ) -> Tensor:
     fmt, groups = _format(format), scale.shape[1]
-    kp = weight.shape[1] * (8 if fmt.kind == "int4" else 4)
+    kp = fmt.stored_columns(weight.shape[1])
     # Torch has no quick integer product; the narrowest float that holds every partial sum exactly gives the same sums.
     largest = kp // groups * 127 * max(map(abs, fmt.levels))
     exact = torch.float32 if largest <= 2**24 else torch.float64
@@ -181,7 +193,13 @@ _define(
     _linear,
     _linear_meta,
 )
-_define("quantize_activation(Tensor x) -> (Tensor, Tensor, Tensor)", formats.quantize_activation, _activation_meta)
+_define("quantize_activation(Tensor x) -> (Tensor, Tensor, Tensor)", _quantize_activation, _activation_meta)
+_define("quantize_activation_int4(Tensor x) -> (Tensor, Tensor, Tensor)", _quantize_activation_int4, _activation_meta)
+_define(
+    "quantize_activation_static(Tensor x, Tensor step) -> (Tensor, Tensor, Tensor)",
+    formats.quantize_activation_static,
+    _activation_static_meta,
+)
 _define(f"linear_a8({_PACKED_A8}, str format, int out_features) -> Tensor", _linear_a8, _linear_a8_meta)
 _define(
     f"linear_a8_branch({_PACKED_A8}, Tensor x, Tensor a, Tensor b, str format, int out_features) -> Tensor",

@@ -14,7 +14,7 @@ from hikui.lowering.formats import ROWS, Format, unpack
 from hikui.lowering.passes_base import Progress
 from hikui.lowering.pipeline import StepRecord
 from hikui.lowering.program import SITE, Program
-from hikui.lowering.sizes import OPERANDS, Sizes
+from hikui.lowering.sizes import OPERANDS, Sizes, column_order
 from hikui.lowering.store import WeightStore
 
 JSON = "report.json"
@@ -86,12 +86,15 @@ def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> fl
 
     weight, scale = load(places.weight), load(places.scale)
     assert weight is not None, "a packed op has its weight"
+    held = column_order(node)
+    order = None if held is None else program.store.load(program.weight_of(held)).long()
     branch = tuple(tensor for position in places.branch if (tensor := load(position)) is not None)
     difference = total = 0.0
     # By blocks of rows: unpacked, the head of a large vocabulary takes gigabytes.
     for block in range(0, weight.shape[0], _BLOCKS):
         blocks = slice(block, block + _BLOCKS)
         rows = floats.load_rows(key, block * ROWS, min((block + _BLOCKS) * ROWS, n)).float()
+        rows = rows if order is None else rows[:, order]
         count = rows.shape[0]
         approximation = unpack(fmt, weight[blocks], None if scale is None else scale[blocks], count, k)
         if branch:

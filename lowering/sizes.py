@@ -84,6 +84,7 @@ def measure(program: Program) -> Sizes:
     """Counts the weights of a program at any stage, from the freshly traced one to the fused one."""
     found: list[Site] = []
     branches = 0
+    orders: set[str] = set()
     for node in program.graph.nodes:
         if node.op != "call_function":
             continue
@@ -93,7 +94,7 @@ def measure(program: Program) -> Sizes:
                 n, k = weight.meta["val"].shape
                 found.append(Site(_name(node, program), "float32", n, k, 0, _nbytes(weight)))
         elif node.target in OPERANDS:
-            site = _packed(node, program)
+            site = _packed(node, program, orders)
             if node.target is torch.ops.hikui.linear.default and SITE not in node.meta:
                 branches += site.nbytes
             else:
@@ -101,10 +102,28 @@ def measure(program: Program) -> Sizes:
     return Sizes(tuple(found), branches, sum(_nbytes(node) for node in program.weight_nodes()))
 
 
-def _packed(node: fx.Node, program: Program) -> Site:
+def column_order(node: fx.Node) -> fx.Node | None:
+    """The stored order (int32 [k]) in which a packed site's columns stand, if it is not the checkpoint's.
+
+    Args:
+        node: a call of one of `OPERANDS`.
+    """
+    source = _source(node)
+    if source.target is torch.ops.aten.index_select.default and _is_weight(source.args[2]):
+        assert isinstance(source.args[2], fx.Node), "it is a weight's placeholder"
+        return source.args[2]
+    return None
+
+
+def _packed(node: fx.Node, program: Program, orders: set[str]) -> Site:
+    """A site on a packed weight; the order of a mixed one's columns counts at the first that reads it."""
     places = OPERANDS[node.target]
     held = [node.args[at] for at in (places.weight, places.scale, *places.branch)]
     nbytes = sum(_nbytes(operand) for operand in held if isinstance(operand, fx.Node))
+    order = column_order(node)
+    if order is not None and program.weight_of(order) not in orders:
+        orders.add(program.weight_of(order))
+        nbytes += _nbytes(order)
     rank = 0
     if places.branch:
         up = node.args[places.branch[1]]
@@ -117,6 +136,11 @@ def _packed(node: fx.Node, program: Program) -> Site:
 
 def _in_features(node: fx.Node) -> int:
     """K of a packed site: the last dimension of what was quantised, since q itself is padded."""
+    return int(_source(node).meta["val"].shape[-1])
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The float activation that a packed site reads, quantised or not."""
     source = node.args[0]
     assert isinstance(source, fx.Node), "the first operand is an activation"
     if node.target is not torch.ops.hikui.linear.default:
@@ -126,7 +150,7 @@ def _in_features(node: fx.Node) -> int:
             raise VerificationError(f"Node {node.name} reads {source.name}, which no hikui op has quantised.")
         source = quantiser.args[0]
         assert isinstance(source, fx.Node), "the first operand is an activation"
-    return int(source.meta["val"].shape[-1])
+    return source
 
 
 def _name(node: fx.Node, program: Program) -> str:

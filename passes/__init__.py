@@ -14,6 +14,7 @@ from hikui.passes.calibrate import Calibrate
 from hikui.passes.canonicalise import Canonicalise
 from hikui.passes.dead_code import DeadCode
 from hikui.passes.fuse import Fuse
+from hikui.passes.mixed import Mixed
 from hikui.passes.override import Override
 from hikui.passes.pack import Pack
 from hikui.passes.rtn import Rtn
@@ -29,6 +30,7 @@ __all__ = [
     "Canonicalise",
     "DeadCode",
     "Fuse",
+    "Mixed",
     "Override",
     "Pack",
     "Rtn",
@@ -43,6 +45,7 @@ PASSES: tuple[type[Pass], ...] = (
     Sensitivity,
     Override,
     Assign,
+    Mixed,
     Rtn,
     SubBranch,
     Activation,

@@ -12,7 +12,7 @@ from hikui.lowering.formats import Format
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import FORMAT, SENSITIVITY, SITE, Program
 from hikui.passes.budget import Choice, cheapest, solve, spend_at_random
-from hikui.passes.formats import parse_formats
+from hikui.passes.formats import parse_formats, tied_nbytes
 from hikui.passes.graph import FIXED, float_sites, groups, matrix_shape
 
 
@@ -96,7 +96,7 @@ class Assign(Pass):
                     Choice(
                         sites=tuple(node.meta[SITE] for node in tied),
                         formats=tuple(formats),
-                        nbytes=tuple(sum(Format.parse(name).nbytes(n, k) for n, k in shapes) for name in formats),
+                        nbytes=tuple(tied_nbytes([Format.parse(name)] * len(shapes), shapes) for name in formats),
                         costs=tuple(math.fsum(of_members) for of_members in costs),
                         weights=sum(n * k for n, k in shapes),
                     )
@@ -136,9 +136,8 @@ class Assign(Pass):
                 raise VerificationError(f"Site {members[0].meta[SITE]} or one tied to it has no format.")
             if len({node.meta[FORMAT] for node in members if FIXED not in node.meta}) > 1:
                 raise VerificationError(f"Site {members[0].meta[SITE]} and those tied to it have different formats.")
-            for node in members:
-                n, k = matrix_shape(node)
-                nbytes += Format.parse(node.meta[FORMAT]).nbytes(n, k)
-                weights += n * k
+            shapes = [matrix_shape(node) for node in members]
+            nbytes += tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], shapes)
+            weights += sum(n * k for n, k in shapes)
         if self.mode != "uniform" and 8 * nbytes > self.target_bpw * weights:
             raise VerificationError(f"{8 * nbytes / weights:.4f} bits per weight are above {self.target_bpw}.")

@@ -71,8 +71,18 @@ def pack_by_rows(
     return Packed(packed, scale)
 
 
-def replace_with_packed(program: Program, node: fx.Node, fmt: Format, packed: Packed) -> fx.Node:
-    """Rewrites `aten.linear` into `hikui::linear` with a packed weight; the float weight stays until dead code goes."""
+def replace_with_packed(
+    program: Program, node: fx.Node, fmt: Format, packed: Packed, x: fx.Node | None = None
+) -> fx.Node:
+    """Rewrites `aten.linear` into `hikui::linear` with a packed weight; the float weight stays until dead code goes.
+
+    Args:
+        program: the program.
+        node: the float linear.
+        fmt: the format.
+        packed: the matrix.
+        x: what the new node reads, if it is not what the old one read.
+    """
     weight = node.args[1]
     assert is_weight(weight)
     stored = program.weight_of(weight)
@@ -85,7 +95,7 @@ def replace_with_packed(program: Program, node: fx.Node, fmt: Format, packed: Pa
         program,
         node,
         hikui.linear.default,
-        (node.args[0], held, scale, bias, str(fmt), n),
+        (node.args[0] if x is None else x, held, scale, bias, str(fmt), n),
         node,
     )
     node.meta[FLOAT_WEIGHT] = stored

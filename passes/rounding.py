@@ -1,18 +1,27 @@
 """Rounding a matrix to an integer format: the one quantiser that `rtn` applies and `sensitivity` predicts with."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hikui.lowering.formats import Format
+from hikui.lowering.formats import KINDS, Format, Segment
 
 _GRID = 24
 """Scales tried for each group."""
 
-_NARROWEST = {"int4": 0.55, "int8": 0.9}
-"""The smallest scale tried, over the one that just covers the group's largest value; clipping pays for few levels."""
+_NARROWEST = {"int2": 0.2, "ternary": 0.15, "int3": 0.3, "int4": 0.55, "nf4": 0.5, "fp4": 0.5, "int8": 0.9}
+"""The smallest scale tried, over the one that just covers the group's largest value; clipping pays for few levels.
+
+Chosen by measurement: on Gaussian and Laplacian weights, in groups of 32 up to channels of 11008, reaching lower wins
+less than one part in two hundred of the error (int4 in Laplacian channels alone would win more, 7 %).
+"""
+
+_WIDEST = {"nf4": 1.5, "fp4": 1.6}
+"""The largest scale tried where it is not the one that covers both sides: the levels of a codebook lie so far apart at
+their ends that the largest value may be better off at the last but one: 1 to 8 % less error in groups of Gaussians."""
 
 _CHUNK = 1 << 18
 """Weights rounded at a time: what is tried over and over then stays in the cache."""
@@ -26,14 +35,15 @@ class Rounded(NamedTuple):
 
 
 def round_matrix(weight: Tensor, fmt: Format, clip: str = "mse", importance: Tensor | None = None) -> Rounded:
-    """Rounds a matrix to nearest.
+    """Rounds a matrix to the nearest codes.
 
     `minmax` takes the scale that just covers each group's largest magnitude. `mse` searches the scale with the least
-    (weighted) squared error on a grid and then refits it by least squares once. Where the format has one level more on
-    the negative side, `mse` may give a scale below zero, so that the extreme value gets that level.
+    (weighted) squared error on a grid and then refits it by least squares once. Where the levels are not symmetric,
+    `mse` may give a scale below zero: the extreme value gets int4's level −8, and nf4 is turned to its better side.
+    The scale of `sign` is the (weighted) mean magnitude, which is the best there is, whatever `clip` says.
 
     Args:
-        weight: float32 [n, k], finite.
+        weight: float32 [n, k], finite; for `mixed` with its columns in their permuted order.
         fmt: an integer format.
         clip: `mse` or `minmax`.
         importance: float32 [k], the weight of each input column's error; equal weights where None.
@@ -41,18 +51,16 @@ def round_matrix(weight: Tensor, fmt: Format, clip: str = "mse", importance: Ten
     Raises:
         OverflowError: a scale does not fit float16.
     """
-    n, k = weight.shape
-    group, groups = fmt.group_size(k), fmt.groups(k)
-    pad = fmt.padded_k(k) - k
+    k = weight.shape[1]
     columns = torch.ones(k) if importance is None else _normalised(importance)
-    heavy = F.pad(columns, (0, pad)).view(groups, group)
-    rows = max(1, _CHUNK // (group * groups))
-    parts = []
-    for start in range(0, n, rows):
-        grouped = F.pad(weight[start : start + rows], (0, pad)).view(-1, groups, group)
-        parts.append(_round_groups(grouped, heavy, fmt, clip))
-    codes = torch.cat([codes for codes, _ in parts]).view(n, -1)[:, :k].contiguous()
-    return Rounded(codes, torch.cat([scale for _, scale in parts]))
+    parts = [
+        _round_segment(weight[:, part.start : part.stop], columns[part.start : part.stop], part, clip)
+        for part in fmt.segments(fmt.padded_k(k))
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    return Rounded(codes, scale)
 
 
 def dequantise(rounded: Rounded, fmt: Format) -> Tensor:
@@ -70,40 +78,59 @@ def _normalised(importance: Tensor) -> Tensor:
     return (importance.double() / mean).clamp_min(1e-6).float()
 
 
-def _round_groups(grouped: Tensor, heavy: Tensor, fmt: Format, clip: str) -> tuple[Tensor, Tensor]:
-    low, high = fmt.levels
+def _round_segment(weight: Tensor, columns: Tensor, part: Segment, clip: str) -> Rounded:
+    """Rounds columns that are stored alike; `part` may reach beyond them into the padding."""
+    (n, k), width = weight.shape, part.stop - part.start
+    group, pad = part.format.group_size(width), width - k
+    groups = width // group
+    heavy = F.pad(columns, (0, pad)).view(groups, group)
+    kind = part.format.kind
+    rows = max(1, _CHUNK // width)
+    parts = []
+    for start in range(0, n, rows):
+        grouped = F.pad(weight[start : start + rows], (0, pad)).view(-1, groups, group)
+        parts.append(_signs(grouped, heavy) if kind == "sign" else _round_groups(grouped, heavy, kind, clip))
+    codes = torch.cat([codes for codes, _ in parts]).view(n, -1)[:, :k].contiguous()
+    return Rounded(codes, torch.cat([scale for _, scale in parts]))
+
+
+def _signs(grouped: Tensor, heavy: Tensor) -> tuple[Tensor, Tensor]:
+    total = heavy.sum(-1)
+    mean = (grouped.abs() * heavy).sum(-1) / torch.where(total > 0, total, 1.0)
+    return torch.where(grouped < 0, -1, 1).to(torch.int8), _to_float16(mean)
+
+
+def _round_groups(grouped: Tensor, heavy: Tensor, kind: str, clip: str) -> tuple[Tensor, Tensor]:
+    levels = KINDS[kind].levels
+    low, high = levels[0], levels[-1]
     position = grouped.abs().argmax(dim=-1, keepdim=True)
     extreme = grouped.gather(-1, position).squeeze(-1)
     if clip == "minmax":
         scale = _to_float16(extreme.abs() / high)
-        return _codes(grouped, scale, low, high).to(torch.int8), scale
-    # The extreme value lies on the side that has the level `low`; for symmetric levels the sign does not matter.
+        return _codes(grouped, scale, kind).to(torch.int8), scale
+    # The extreme value lies on the side that has the level `low`; for symmetric ends the sign does not matter.
     covering = extreme / low
     if low == -high:
         covering = covering.abs()
     best = _to_float16(covering)
-    codes = _codes(grouped, best, low, high)
+    codes = _codes(grouped, best, kind)
     error = _error(grouped, codes, best, heavy)
-    # Up to the scale that covers both sides with the fewer levels.
-    for ratio in torch.linspace(_NARROWEST[fmt.kind], -low / high, _GRID).tolist():
-        best, codes, error = _keep_better(grouped, heavy, _to_float16(covering * ratio), best, codes, error, low, high)
+    # Up to the scale that covers both sides with the fewer levels, or beyond.
+    ratios = torch.linspace(_NARROWEST[kind], _WIDEST.get(kind, -low / high), _GRID).tolist()
+    if levels != tuple(-level for level in reversed(levels)) and low == -high:
+        ratios += [-ratio for ratio in ratios]
+    for ratio in ratios:
+        best, codes, error = _keep_better(grouped, heavy, _to_float16(covering * ratio), best, codes, error, kind)
     power = (heavy * codes.square()).sum(-1)
     refit = torch.where(power > 0, (heavy * grouped * codes).sum(-1) / power, best)
-    best, codes, _ = _keep_better(grouped, heavy, _to_float16(refit), best, codes, error, low, high)
+    best, codes, _ = _keep_better(grouped, heavy, _to_float16(refit), best, codes, error, kind)
     return codes.to(torch.int8), best
 
 
 def _keep_better(
-    grouped: Tensor,
-    heavy: Tensor,
-    scale: Tensor,
-    best: Tensor,
-    codes: Tensor,
-    error: Tensor,
-    low: int,
-    high: int,
+    grouped: Tensor, heavy: Tensor, scale: Tensor, best: Tensor, codes: Tensor, error: Tensor, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tried = _codes(grouped, scale, low, high)
+    tried = _codes(grouped, scale, kind)
     tried_error = _error(grouped, tried, scale, heavy)
     better = tried_error < error
     return (
@@ -125,9 +152,30 @@ def _to_float16(scale: Tensor) -> Tensor:
     return rounded
 
 
-def _codes(grouped: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
+def _codes(grouped: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """The nearest codes, as floats."""
     inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
-    return (grouped * inverse.unsqueeze(-1)).round_().clamp_(low, high)
+    wanted = grouped * inverse.unsqueeze(-1)
+    levels, step = KINDS[kind].levels, KINDS[kind].step
+    low, high = levels[0], levels[-1]
+    if step == 1:
+        return wanted.round_().clamp_(low, high)
+    if step == 2:
+        return wanted.sub_(low).mul_(0.5).round_().mul_(2).add_(low).clamp_(low, high)
+    halves = wanted.mul_(2).floor_().clamp_(2 * low, 2 * high).sub_(2 * low).to(torch.int32)
+    return _by_halves(kind).index_select(0, halves.flatten()).view_as(wanted)
+
+
+@cache
+def _by_halves(kind: str) -> Tensor:
+    """The nearest code of a codebook to what lies between h/2 and (h+1)/2, at h − 2·lowest: float32.
+
+    Codes are integers, so the middle of two is a multiple of a half and no such interval is cut by one.
+    """
+    low, high = KINDS[kind].levels[0], KINDS[kind].levels[-1]
+    levels = torch.tensor(KINDS[kind].levels, dtype=torch.float32)
+    inner = torch.arange(2 * low, 2 * high + 1) / 2 + 0.25
+    return levels[(inner[:, None] - levels).abs().argmin(1)]
 
 
 def _error(grouped: Tensor, codes: Tensor, scale: Tensor, heavy: Tensor) -> Tensor:

@@ -10,22 +10,24 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import GROUPS, Format, Packed, pack
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import FORMAT, SITE, STATISTICS, Program
+from hikui.passes.columns import Orders, require_mixable
 from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
 from hikui.passes.packing import pack_by_rows, replace_with_packed
 from hikui.passes.rounding import round_matrix
 
-_KINDS = {4: "int4", 8: "int8", 16: "float16", 32: "float32"}
+_KINDS = {1: "sign", 2: "int2", 3: "int3", 4: "int4", 8: "int8", 16: "float16", 32: "float32"}
 
 
 @dataclass(frozen=True)
 class Rtn(Pass):
     """Rounds the weights of linear sites to nearest.
 
-    A site that has been assigned a format gets that one; the others get `bits` and `group`.
+    A site that has been assigned a format gets that one; the others get `format`, or else `bits` and `group`.
 
     Attributes:
-        bits: 4 or 8 for an integer format, 16 or 32 for a float one.
+        bits: 1 (signs), 2, 3, 4 or 8 for an integer format, 16 or 32 for a float one.
         group: input columns that share a scale: 32, 64 or 128; 0 is the whole channel. Floats take no notice of it.
+        format: any format by its name, as `ternary-g128` or `nf4-g64`, instead of `bits` and `group`.
         clip: `mse` searches the scale with the least squared error; `minmax` covers the largest value.
         weighted: weigh each column's error by its mean square activation, as `calibrate` measured it.
         sites: regular expression of the sites to quantise; empty is all.
@@ -35,6 +37,7 @@ class Rtn(Pass):
     name: ClassVar[str] = "rtn"
     bits: int = 4
     group: int = 64
+    format: str = ""
     clip: Literal["mse", "minmax"] = "mse"
     weighted: bool = False
     sites: str = ""
@@ -47,24 +50,32 @@ class Rtn(Pass):
             raise UsageError(
                 f"rtn cannot take a group of {self.group}; choose {', '.join(map(str, GROUPS))}, or 0 for the channel."
             )
+        if self.format and (self.bits, self.group) != (Rtn.bits, Rtn.group):
+            raise UsageError("rtn takes either format, or bits and group; leave out one or the other.")
+        self.default_format()
 
-    @property
-    def format(self) -> Format:
+    def default_format(self) -> Format:
         """The format of sites that none was assigned to."""
+        if self.format:
+            return Format.parse(self.format)
         kind = _KINDS[self.bits]
-        return Format(kind, self.group or None) if kind.startswith("int") else Format(kind)
+        return Format(kind, self.group or None) if self.bits <= 8 else Format(kind)
+
+    def _format(self, node: fx.Node) -> Format:
+        return Format.parse(node.meta[FORMAT]) if FORMAT in node.meta else self.default_format()
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no site is named, or statistics are wanted and missing."""
         if not sites(program):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
-        if self.weighted:
-            for node in selected(float_sites(program), self.sites, self.skip):
-                if STATISTICS not in node.meta:
-                    raise HikuiError(
-                        f"Site {node.meta[SITE]} has no statistics to weigh errors with; run `calibrate` first, "
-                        "or drop weighted=true."
-                    )
+        for node in selected(float_sites(program), self.sites, self.skip):
+            if self.weighted and STATISTICS not in node.meta:
+                raise HikuiError(
+                    f"Site {node.meta[SITE]} has no statistics to weigh errors with; run `calibrate` first, "
+                    "or drop weighted=true."
+                )
+            if (fmt := self._format(node)).is_mixed:
+                require_mixable([node], fmt)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Quantises one site after the other; at most one float matrix is in memory.
@@ -76,31 +87,35 @@ class Rtn(Pass):
         chosen = list(selected(float_sites(work), self.sites, self.skip))
         if not chosen:
             return PassResult(program, False)
+        orders = Orders(work, [(node, self._format(node)) for node in chosen])
         notes: list[str] = []
         for index, node in enumerate(chosen):
             context.progress("rtn", index, len(chosen))
-            notes += self._quantise(work, node)
+            notes += self._quantise(work, node, orders)
         context.progress("rtn", len(chosen), len(chosen))
         work.recompile()
         return PassResult(work, True, notes)
 
-    def _quantise(self, program: Program, node: fx.Node) -> list[str]:
-        site = node.meta[SITE]
-        fmt = Format.parse(node.meta[FORMAT]) if FORMAT in node.meta else self.format
+    def _quantise(self, program: Program, node: fx.Node, orders: Orders) -> list[str]:
+        site, fmt = node.meta[SITE], self._format(node)
         importance = program.store.load(node.meta[STATISTICS]["mean_square"]) if self.weighted else None
+        x, order = orders.gather(node, fmt) if fmt.is_mixed else (None, None)
+        if order is not None and importance is not None:
+            importance = importance[order]
 
         def pack_rows(rows: torch.Tensor) -> Packed:
             if not fmt.is_integer:
                 return pack(fmt, _checked(rows, fmt, site))
+            ordered = rows if order is None else rows[:, order]
             try:
-                rounded = round_matrix(rows, fmt, self.clip, importance)
+                rounded = round_matrix(ordered, fmt, self.clip, importance)
             except OverflowError as error:
                 raise HikuiError(f"Site {site}: {error}; leave it out with skip, or choose a float format.") from error
             return pack(fmt, rounded.codes, rounded.scale)
 
         packed = pack_by_rows(program, weight_of(node), site, fmt, pack_rows)
         notes = [f"{site}: {note}" for note in fmt.notes(*matrix_shape(node))]
-        replace_with_packed(program, node, fmt, packed)
+        replace_with_packed(program, node, fmt, packed, x)
         return notes
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, fx
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
-from hikui.lowering.program import SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.program import GROUP, SENSITIVITY, SITE, STATISTICS, Program
+from hikui.passes.columns import column_order, require_mixable
 from hikui.passes.formats import parse_formats
-from hikui.passes.graph import float_sites, weight_of
+from hikui.passes.graph import float_sites, groups, weight_of
 from hikui.passes.packing import load_finite
 from hikui.passes.rounding import dequantise, round_matrix
 
@@ -45,6 +46,9 @@ class Sensitivity(Pass):
         found = float_sites(program)
         if not found:
             raise HikuiError("There is no unpacked linear site; run `canonicalise` first, and `rtn` later.")
+        for fmt in parse_formats(self.formats):
+            if fmt.is_mixed:
+                require_mixable(found, fmt)
         if self.metric != "weight":
             for node in found:
                 if STATISTICS not in node.meta:
@@ -60,10 +64,16 @@ class Sensitivity(Pass):
         """
         work = program.clone()
         chosen = float_sites(work)
-        formats = parse_formats(self.formats)
+        formats, tied = parse_formats(self.formats), groups(chosen)
+        orders = {
+            (name, fmt): column_order(work, members, fmt).long()
+            for name, members in tied.items()
+            for fmt in formats
+            if fmt.is_mixed
+        }
         for index, node in enumerate(chosen):
             context.progress("sensitivity", index, len(chosen))
-            node.meta[SENSITIVITY] = self._measure(work, node, formats)
+            node.meta[SENSITIVITY] = self._measure(work, node, formats, orders)
         context.progress("sensitivity", len(chosen), len(chosen))
         before = [node.meta.get(SENSITIVITY) for node in float_sites(program)]
         if before == [node.meta[SENSITIVITY] for node in chosen]:
@@ -76,16 +86,21 @@ class Sensitivity(Pass):
         note = f"{label}: {len(chosen)} sites in {len(formats)} formats; the largest error is {worst.meta[SITE]}'s"
         return PassResult(work, True, [note])
 
-    def _measure(self, program: Program, node: fx.Node, formats: list[Format]) -> dict[str, float]:
+    def _measure(
+        self, program: Program, node: fx.Node, formats: list[Format], orders: dict[tuple[str, Format], Tensor]
+    ) -> dict[str, float]:
         site = node.meta[SITE]
         weight = load_finite(program, weight_of(node), site)
         out = {}
         for fmt in formats:
             if fmt.is_integer:
+                order = orders.get((node.meta[GROUP], fmt))
                 try:
-                    rounded = dequantise(round_matrix(weight, fmt, self.clip), fmt)
+                    ordered = weight if order is None else weight[:, order]
+                    rounded = dequantise(round_matrix(ordered, fmt, self.clip), fmt)
                 except OverflowError as error:
                     raise HikuiError(f"Site {site} as {fmt}: {error}; leave the format out.") from error
+                rounded = rounded if order is None else rounded[:, order.argsort()]
             else:
                 rounded = weight.to(fmt.weight_dtype).float()
             out[str(fmt)] = self._cost(program, node, weight, rounded)

@@ -16,6 +16,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import SITE, STATISTICS, Program
+from hikui.passes.columns import order_of
 from hikui.passes.graph import (
     FLOAT_WEIGHT,
     aten,
@@ -138,16 +139,20 @@ def _residual(program: Program, node: fx.Node) -> Tensor:
     packed, scale, fmt = node.args[1], node.args[2], Format.parse(str(node.args[4]))
     assert isinstance(packed, fx.Node) and isinstance(scale, fx.Node)
     stored = [program.store.load(program.weight_of(operand)) for operand in (packed, scale)]
+    order = order_of(program, node)
+    weight = weight if order is None else weight[:, order]
     return weight - unpack(fmt, stored[0], stored[1], *weight.shape).double()
 
 
 def _covariance(program: Program, node: fx.Node) -> Tensor:
     """E[x·xᵀ] in float64 with its damping: [k, k], or its diagonal [k] where that is all that was measured."""
-    keys = node.meta[STATISTICS]
+    keys, order = node.meta[STATISTICS], order_of(program, node)
     if "gram" in keys:
         gram = program.store.load(keys["gram"]).double()
+        gram = gram if order is None else gram[order][:, order]
         return gram + torch.eye(gram.shape[0], dtype=torch.float64) * _floor(gram.diagonal())
     diagonal = program.store.load(keys["mean_square"]).double()
+    diagonal = diagonal if order is None else diagonal[order]
     return diagonal + _floor(diagonal)
 
 

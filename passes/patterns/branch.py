@@ -7,6 +7,13 @@ from torch import fx
 from hikui.passes.graph import aten, hikui, is_call, is_weight
 from hikui.passes.patterns.match import NoMatch
 
+QUANTISERS = (
+    hikui.quantize_activation.default,
+    hikui.quantize_activation_int4.default,
+    hikui.quantize_activation_static.default,
+)
+"""The calls that quantise an activation and do nothing else."""
+
 
 @dataclass(frozen=True)
 class BranchMatch:
@@ -56,7 +63,7 @@ def quantised_source(main: fx.Node) -> fx.Node | None:
     """The float activation whose quantised form a `linear_a8` reads."""
     q = main.args[0]
     quantiser = q.args[0] if isinstance(q, fx.Node) else None
-    if is_call(quantiser, hikui.quantize_activation.default):
+    if is_call(quantiser, *QUANTISERS):
         source = quantiser.args[0]
         return source if isinstance(source, fx.Node) else None
     if is_call(quantiser, hikui.rms_norm_quantize.default, hikui.swiglu_quantize.default):

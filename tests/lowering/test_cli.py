@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import hikui
+from hikui.backends.kernels.fields import SEGMENTS
+from hikui.backends.kernels.isa import ISAS
 from hikui.lowering import driver
 from hikui.lowering.artefact import MANIFEST, Artefact
 from hikui.lowering.cli import run
@@ -208,6 +210,11 @@ def test_passes_targets_and_doctor(hikui_command: Command) -> None:
     assert [target["name"] for target in targets] == list(TARGETS)
     assert sum(target["host"] for target in targets) <= 1
     assert hikui_command("targets")[1].count("\n") == len(TARGETS)
+    kernels = json.loads(hikui_command("targets", "--kernels", "--json")[1])
+    assert len(kernels) == (len(ISAS) + 1) * len(SEGMENTS) * 5 * 3
+    plain = {row["isa"] for row in kernels if row["fallback"] and row["activations"] == "int8"}
+    assert plain == {"portable"}
+    assert "vnni in place" in hikui_command("targets", "--kernels")[1]
     status, out, _ = hikui_command("doctor", "--json")
     assert status == 0
     found = {row["name"]: row["found"] for row in json.loads(out)}

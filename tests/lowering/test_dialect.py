@@ -8,7 +8,7 @@ from torch import Tensor
 
 import hikui.lowering.dialect  # noqa: F401
 from hikui.lowering import formats
-from hikui.lowering.formats import Format
+from hikui.lowering.formats import KINDS, Format
 
 ops = torch.ops.hikui
 G = torch.Generator().manual_seed(0)
@@ -21,9 +21,11 @@ def random(*shape: int) -> Tensor:
 def packed(fmt: Format, n: int, k: int) -> formats.Packed:
     if not fmt.is_integer:
         return formats.pack(fmt, random(n, k))
-    low, high = fmt.levels
-    codes = torch.randint(low, high + 1, (n, k), generator=G)
-    return formats.pack(fmt, codes, torch.rand((n, fmt.groups(k)), generator=G) + 0.1)
+    codes = []
+    for part in fmt.segments(k):
+        levels = torch.tensor(part.format.levels)
+        codes.append(levels[torch.randint(0, len(levels), (n, part.stop - part.start), generator=G)])
+    return formats.pack(fmt, torch.cat(codes, 1), torch.rand((n, fmt.groups(k)), generator=G) + 0.1)
 
 
 INT4 = packed(Format("int4", 32), 21, 100)
@@ -37,6 +39,8 @@ CASES = {
     "cache_update": (CACHE[0], random(1, 2, 3, 8), torch.tensor([4])),
     "linear": (X, INT4.weight, INT4.scale, random(21), "int4-g32", 21),
     "quantize_activation": (X,),
+    "quantize_activation_int4": (X,),
+    "quantize_activation_static": (X, torch.tensor([0.01])),
     "linear_a8": (*Q, INT4.weight, INT4.scale, random(21), "int4-g32", 21),
     "linear_a8_branch": (*Q, INT4.weight, INT4.scale, None, X, A.weight, B.weight, "int4-g32", 21),
     "rms_norm": (X, random(100), 1e-5),
@@ -53,7 +57,38 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(ops, name).default, CASES[name])
 
 
-@pytest.mark.parametrize("text", ["int4-g32", "int4-g64", "int8-g128", "int8-channel", "int4-channel"])
+PLAIN = [f"{kind}-{group}" for kind in KINDS for group in ("g32", "g64", "g128", "channel")]
+MIXED = ["mixed-g32-c32", "mixed-g64-c64", "mixed-g32-c96"]
+
+
+@pytest.mark.parametrize("text", [f"{kind}-g32" for kind in KINDS] + ["mixed-g32-c64", "sign-channel"])
+def test_opcheck_of_every_kind(text: str) -> None:
+    weight, scale = packed(Format.parse(text), 21, 100)
+    torch.library.opcheck(ops.linear.default, (X, weight, scale, None, text, 21))
+    torch.library.opcheck(ops.linear_a8.default, (*Q, weight, scale, None, text, 21))
+    torch.library.opcheck(ops.linear_a8_branch.default, (*Q, weight, scale, None, X, A.weight, B.weight, text, 21))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 7), (2, 3, 130)])
+def test_a_static_step_is_no_alias(shape: tuple[int, ...]) -> None:
+    torch.library.opcheck(ops.quantize_activation_static.default, (random(*shape), torch.tensor([0.01])))
+
+
+@pytest.mark.parametrize("text", [*PLAIN, *MIXED])
+def test_linear_dequantises(text: str) -> None:
+    fmt, n, k = Format.parse(text), 21, 100
+    weight, scale = packed(fmt, n, k)
+    assert scale is not None
+    bias, group = random(n), fmt.group_size(k)
+    codes, scales = formats.unpack_codes(fmt, weight, n, k).double(), formats.unpack_scale(fmt, scale, n, k).double()
+    want = bias.double().expand(1, 5, n).clone()
+    for column in range(k):
+        want += X[..., column, None].double() * codes[:, column] * scales[:, column // group]
+    got = ops.linear(X, weight, scale, bias, text, n)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("text", [*PLAIN, *MIXED])
 @pytest.mark.parametrize(("n", "k"), [(21, 100), (16, 128), (5, 1200)])
 def test_linear_a8_is_the_exact_integer_product(text: str, n: int, k: int) -> None:
     fmt = Format.parse(text)

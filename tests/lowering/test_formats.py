@@ -4,27 +4,40 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hikui.lowering import formats
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import Format
+from hikui.lowering.formats import KINDS, Format
 
-INTEGER = [Format(kind, group) for kind in ("int4", "int8") for group in (32, 64, 128, None)]
+PLAIN = [Format(kind, group) for kind in KINDS for group in (32, 64, 128, None)]
+MIXED = [Format("mixed", group, columns) for group, columns in ((32, 32), (32, 96), (64, 128), (128, 128))]
+INTEGER = [*PLAIN, *MIXED]
 FLOAT = [Format("float16"), Format("float32")]
 
 
+def draw_codes(fmt: Format, n: int, k: int, generator: torch.Generator) -> Tensor:
+    """Codes over all levels of each column: int64 [n, k]."""
+    parts = []
+    for part in fmt.segments(k):
+        levels = torch.tensor(part.format.levels)
+        parts.append(levels[torch.randint(0, len(levels), (n, part.stop - part.start), generator=generator)])
+    return torch.cat(parts, 1)
+
+
 @given(st.sampled_from(INTEGER), st.integers(1, 70), st.integers(1, 300), st.integers(0, 2**32))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_integer_round_trip(fmt: Format, n: int, k: int, seed: int) -> None:
+    k = max(k, fmt.columns or 1)
     generator = torch.Generator().manual_seed(seed)
-    low, high = fmt.levels
-    codes = torch.randint(low, high + 1, (n, k), generator=generator)
+    codes = draw_codes(fmt, n, k, generator)
     scale = torch.rand((n, fmt.groups(k)), generator=generator).half().float()
     packed = formats.pack(fmt, codes, scale)
     assert packed.scale is not None
     assert tuple(packed.weight.shape) == fmt.weight_shape(n, k)
     assert tuple(packed.scale.shape) == fmt.scale_shape(n, k)
-    assert packed.weight.dtype == fmt.weight_dtype
+    assert packed.weight.dtype == fmt.weight_dtype and packed.weight.is_contiguous()
+    assert fmt.stored_columns(packed.weight.shape[1]) == fmt.padded_k(k) == fmt.groups(k) * fmt.group_size(k)
     assert torch.equal(formats.unpack_codes(fmt, packed.weight, n, k), codes.to(torch.int8))
     assert torch.equal(formats.unpack_scale(fmt, packed.scale, n, k), scale)
     group = fmt.group_size(k)
@@ -32,7 +45,8 @@ def test_integer_round_trip(fmt: Format, n: int, k: int, seed: int) -> None:
     assert torch.equal(formats.unpack(fmt, packed.weight, packed.scale, n, k), dense)
     stored = packed.weight.numel() * packed.weight.element_size() + packed.scale.numel() * 2
     assert fmt.nbytes(n, k) == stored
-    assert fmt.true_bits(n, k) == pytest.approx(8 * stored / (n * k))
+    order = 4 * k if fmt.is_mixed else 0
+    assert fmt.true_bits(n, k) == pytest.approx(8 * (stored + order) / (n * k))
 
 
 @given(st.sampled_from(FLOAT), st.integers(1, 40), st.integers(1, 80), st.integers(0, 2**32))
@@ -44,19 +58,102 @@ def test_float_round_trip(fmt: Format, n: int, k: int, seed: int) -> None:
     assert torch.equal(formats.unpack(fmt, packed.weight, None, n, k), weight.float())
 
 
-def test_layout_is_the_documented_one() -> None:
+# Where the documented layout keeps each field of a step: for each of its bits, lowest first, (line of the step, bit).
+THREE = {f: [(f // 2, 3 * (f % 2) + bit) for bit in range(3)] for f in range(6)}
+THREE |= {6: [(0, 6), (0, 7), (1, 7)], 7: [(2, 6), (2, 7), (1, 6)]}
+PLACES = {
+    "sign": {f: [(0, f)] for f in range(8)},
+    "int2": {f: [(f // 4, 2 * (f % 4) + bit) for bit in range(2)] for f in range(8)},
+    "int3": THREE,
+    "int4": {f: [(f // 2, 4 * (f % 2) + bit) for bit in range(4)] for f in range(8)},
+}
+PLACES |= {"ternary": PLACES["int2"], "nf4": PLACES["int4"], "fp4": PLACES["int4"]}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_layout_is_the_documented_one(kind: str) -> None:
+    """Every bit of every column, read where the table of the layout says it is."""
+    n, k = 19, 72
+    fmt = Format(kind, 32)
+    table = KINDS[kind].codes
+    assert table is not None
+    codes = draw_codes(fmt, n, k, torch.Generator().manual_seed(1))
+    weight = formats.pack(fmt, codes, torch.ones(n, 3)).weight
+    used = {place for places in PLACES[kind].values() for place in places}
+    assert used == {(line, bit) for line in range(KINDS[kind].lines) for bit in range(8)}, "no bit is wasted"
+    for row in (0, 7, 18):
+        for column in range(k):
+            step, field, lane = column // 32, column % 32 // 4, column % 4
+            stored = 0
+            for at, (line, bit) in enumerate(PLACES[kind][field]):
+                byte = int(weight[row // 16, step * KINDS[kind].lines + line, row % 16, lane])
+                stored |= (byte >> bit & 1) << at
+            assert table[stored] == int(codes[row, column])
+
+
+def test_int8_is_stored_as_it_is() -> None:
     n, k = 19, 40
-    codes = torch.arange(n * k).view(n, k) % 16 - 8
-    int4 = formats.pack(Format("int4", 32), codes, torch.ones(n, 2)).weight
-    int8 = formats.pack(Format("int8", 32), codes, torch.ones(n, 2)).weight
+    codes = torch.arange(n * k).view(n, k) % 255 - 127
+    weight = formats.pack(Format("int8", 32), codes, torch.ones(n, 2)).weight
     for row, line, lane in ((0, 0, 0), (18, 3, 2), (7, 4, 3)):
-        assert int(int4[row // 16, line, row % 16, lane] & 15) == int(codes[row, 8 * line + lane]) + 8
-        assert int(int8[row // 16, line, row % 16, lane]) == int(codes[row, 4 * line + lane])
-    assert int(int4[0, 0, 5, 1] >> 4) == int(codes[5, 5]) + 8
-    assert int(int4[1, 0, 3, 0]) == 0x88, "rows beyond n hold code 0"
+        assert int(weight[row // 16, line, row % 16, lane]) == int(codes[row, 4 * line + lane])
 
 
-@pytest.mark.parametrize(("text", "n", "k", "bits"), [("int4-g64", 256, 256, 4.25), ("int8-g128", 64, 256, 8.125)])
+def test_padding_holds_code_zero_where_there_is_one() -> None:
+    held = {}
+    for kind in KINDS:
+        fmt = Format(kind, 32)
+        held[kind] = (
+            int(formats.pack(fmt, torch.full((3, 8), fmt.levels[-1]), torch.ones(3, 1)).weight[0, 0, 5, 1]) & 255
+        )
+    # Fields of one line: code 0 of int4 is 8, of nf4 7, of fp4 0, of ternary 1; the others have none.
+    due = {"sign": 0, "int2": 0, "int3": 0, "int4": 0x88, "nf4": 0x77, "fp4": 0, "int8": 0, "ternary": 0b01010101}
+    assert held == due
+
+
+def test_a_mixed_matrix_is_its_two_segments_one_after_the_other() -> None:
+    fmt, n, k = Format.parse("mixed-g64-c128"), 21, 300
+    generator = torch.Generator().manual_seed(2)
+    codes, scale = draw_codes(fmt, n, k, generator), torch.rand((n, 6), generator=generator)
+    whole = formats.pack(fmt, codes, scale)
+    heavy = formats.pack(Format("int4", 64), codes[:, :128], scale[:, :2])
+    light = formats.pack(Format("sign", 64), codes[:, 128:], torch.zeros(n, 3)).weight
+    assert torch.equal(whole.weight[:, :16], heavy.weight)
+    assert torch.equal(whole.weight[:, 16 : 16 + light.shape[1]], light)
+    assert whole.weight.shape[1] == 16 + (384 - 128) // 32
+    assert not whole.weight[:, 16 + light.shape[1] :].any(), "columns up to the activation's are padding"
+
+
+def test_codebooks_are_the_published_ones() -> None:
+    normal_float = [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]  # fmt: skip
+    assert [round(127 * value) for value in normal_float] == list(formats.NF4)
+    # Sign, two bits of exponent with bias 1, one of mantissa; exponent 0 is subnormal.
+    small_float = []
+    for field in range(16):
+        exponent, mantissa = field >> 1 & 3, field & 1
+        value = (1 + mantissa / 2) * 2 ** (exponent - 1) if exponent else mantissa / 2
+        small_float.append(int(2 * value) * (-1 if field & 8 else 1))
+    assert small_float == list(formats.FP4)
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "k", "bits"),
+    [
+        ("int4-g64", 256, 256, 4.25),
+        ("int8-g128", 64, 256, 8.125),
+        ("sign-g128", 64, 256, 1.125),
+        ("int2-g64", 64, 256, 2.25),
+        ("int3-g128", 64, 256, 3.125),
+        ("ternary-g128", 64, 256, 2.125),
+        ("nf4-g32", 64, 256, 4.5),
+        # A quarter of the columns at 4 bits, the rest at 1, and 32 bits a column for 1024 rows.
+        ("mixed-g128-c256", 1024, 1024, 0.25 * 4 + 0.75 + 0.125 + 32 / 1024),
+    ],
+)
 def test_true_bits_count_scales(text: str, n: int, k: int, bits: float) -> None:
     assert Format.parse(text).true_bits(n, k) == bits
 
@@ -70,12 +167,22 @@ def test_padding_is_counted_and_noted() -> None:
         "group 128 is wider than K=100: one group for the whole channel"
     ]
     assert fmt.notes(64, 128) == []
+    assert Format.parse("mixed-g64-c64").notes(64, 192) == ["K=192 is padded to 256 to fill the last group of 128"]
 
 
-@pytest.mark.parametrize("text", ["int5-g64", "int4", "int4-g48", "float16-g64", "", "int8-g"])
+UNKNOWN = ["int5-g64", "int4", "int4-g48", "float16-g64", "", "int8-g", "mixed-g64", "mixed-channel", "mixed-g48-c48"]
+UNKNOWN += ["mixed-g64-c96", "mixed-g64-c0", "int4-g64-c64", "int4-g६४", "nf4-channel-c64"]
+
+
+@pytest.mark.parametrize("text", UNKNOWN)
 def test_unknown_formats_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="group|not known"):
         Format.parse(text)
+
+
+def test_a_mixed_format_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="more int4 columns than the matrix has columns, 200"):
+        Format.parse("mixed-g128-c256").nbytes(64, 200)
 
 
 @pytest.mark.parametrize("fmt", [*INTEGER, *FLOAT], ids=str)
@@ -83,22 +190,66 @@ def test_names_round_trip(fmt: Format) -> None:
     assert Format.parse(str(fmt)) == fmt
 
 
-def test_codes_outside_the_levels_are_refused() -> None:
-    with pytest.raises(ValueError, match="from -8 to 7"):
-        formats.pack(Format("int4", 32), torch.full((2, 32), 8), torch.ones(2, 1))
+@pytest.mark.parametrize(
+    ("text", "code", "sentence"),
+    [
+        ("int4-g32", 8, "int4-g32 takes codes from -8 to 7"),
+        ("int8-g32", -128, "from -127 to 127"),
+        ("ternary-g32", 2, "from -1 to 1"),
+        ("sign-g32", 0, "takes the codes -1, 1"),
+        ("int2-g32", 2, "takes the codes -3, -1, 1, 3"),
+        ("int3-g32", 300, "takes the codes -7, -5, -3, -1, 1, 3, 5, 7"),
+        ("fp4-g32", 5, "takes the codes -12, -8"),
+        ("mixed-g32-c32", 2, "sign-g32 takes the codes -1, 1"),
+    ],
+)
+def test_codes_outside_the_levels_are_refused(text: str, code: int, sentence: str) -> None:
+    fmt = Format.parse(text)
+    with pytest.raises(ValueError, match=sentence):
+        formats.pack(fmt, torch.full((2, 64), code), torch.ones(2, fmt.groups(64)))
 
 
-@given(st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**32), st.sampled_from([1e-30, 1.0, 1e30]))
+@given(
+    st.integers(1, 5),
+    st.integers(1, 300),
+    st.integers(0, 2**32),
+    st.sampled_from([1e-22, 1.0, 1e30]),
+    st.sampled_from([8, 4]),
+)
 @settings(max_examples=60, deadline=None)
-def test_activation_codes(m: int, k: int, seed: int, size: float) -> None:
+def test_activation_codes(m: int, k: int, seed: int, size: float, bits: int) -> None:
     x = torch.randn((m, k), generator=torch.Generator().manual_seed(seed)) * size
-    q, scale, sums = formats.quantize_activation(x)
+    q, scale, sums = formats.quantize_activation(x, bits)
     assert q.shape == (m, formats.activation_k(k)) and not q[:, k:].any()
+    assert (q.abs().amax(-1) == {8: 127, 4: 7}[bits]).all()
     error = (q[:, :k].double() * scale.double()[:, None] - x.double()).abs()
     assert (error <= scale.double()[:, None] * 0.5001).all()
     assert torch.equal(sums.sum(-1), q.to(torch.int32).sum(-1, dtype=torch.int32))
 
 
-def test_an_all_zero_token_has_scale_zero() -> None:
-    q, scale, sums = formats.quantize_activation(torch.zeros(2, 7))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_all_zero_token_has_scale_zero(bits: int) -> None:
+    q, scale, sums = formats.quantize_activation(torch.zeros(2, 7), bits)
+    assert not q.any() and not scale.any() and not sums.any()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1e-31, 1e-38, 1e-45])
+def test_tokens_whose_inverse_would_overflow_count_as_zero(size: float, bits: int) -> None:
+    q, scale, sums = formats.quantize_activation(torch.full((1, 3), size), bits)
+    assert not q.any() and not sums.any() and bool(scale.isfinite().all())
+
+
+def test_a_static_step_clips_what_is_beyond_it() -> None:
+    x = torch.tensor([[[0.5, -0.75, 1.0, 63.5, 64.0, -1e30]], [[0.25, -0.25, 0.0, 1.25, 1e30, 3.0]]])
+    q, scale, sums = formats.quantize_activation_static(x, torch.tensor([0.5]))
+    assert q.shape == (2, 1, 128) and not q[..., 6:].any()
+    # Halves go to the even neighbour.
+    assert q[..., :6].tolist() == [[[1, -2, 2, 127, 127, -127]], [[0, 0, 0, 2, 127, 6]]]
+    assert torch.equal(scale, torch.full((2, 1), 0.5))
+    assert sums[..., 0].tolist() == [[128], [135]] and not sums[..., 1:].any()
+
+
+def test_a_static_step_of_zero_gives_zeros() -> None:
+    q, scale, sums = formats.quantize_activation_static(torch.randn(2, 7), torch.zeros(1))
     assert not q.any() and not scale.any() and not sums.any()

@@ -35,7 +35,9 @@ def refusal(text: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["float", "int8", "int4", "mixed-5.5bit", "int4-branch"])
+@pytest.mark.parametrize(
+    "name", ["float", "int8", "int4", "nf4", "int3", "int2", "mixed-5.5bit", "mixed-1.6bit", "int4-branch"]
+)
 def test_shipped_recipes_name_themselves_and_their_passes_exist(name: str) -> None:
     loaded = recipe.load(name, PASSES)
     assert loaded.name == name

@@ -65,3 +65,14 @@ def test_the_report_measures_each_site_against_its_float_matrix(
         assert 0 < error < (0.02 if name == "lm_head" else 0.2)
     inner = [name for name in plain if name != "lm_head"]
     assert sum(helped[name] or 0 for name in inner) < 0.95 * sum(plain[name] or 0 for name in inner)
+
+
+def test_the_report_undoes_the_order_of_mixed_columns(tiny: Path, stories: Path) -> None:
+    recipe = driver.load_recipe("mixed-1.6bit").with_options({"mixed": {"group": 32}})
+    p = driver.prepare(tiny, recipe, calibration=stories)
+    reports = report.site_reports(p.program, sizes.measure(p.program), p.origin, no_progress)
+    mixed = [site for site in reports if site.format.startswith("mixed")]
+    assert len(mixed) == len(reports) - 1
+    for site in mixed:
+        # Signs alone lose 1 − 2/π of a Gaussian's square, 0.6 of its norm; columns of another order lose over 1.
+        assert site.weight_error is not None and 0.2 < site.weight_error < 0.65

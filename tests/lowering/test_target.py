@@ -22,6 +22,7 @@ def test_unknown_target_names_the_nearest() -> None:
         resolve("raspberypi-5")
 
 
-def test_host_is_one_of_the_targets() -> None:
+def test_host_is_one_of_the_targets_without_a_gpu() -> None:
     host = resolve("host")
+    assert not host.cuda
     assert host in TARGETS.values() and host.triple == f"{platform.machine()}-linux-gnu"

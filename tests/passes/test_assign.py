@@ -122,6 +122,18 @@ def test_budget_ties_and_the_bits_really_stored(mode: str, target: float) -> Non
     assert {site.name: site.format for site in stored.sites} == {n.meta[SITE]: n.meta[FORMAT] for n in sites(program)}
 
 
+@pytest.mark.parametrize("target", [2.6, 3.6, 4.6])
+def test_candidates_of_every_kind(target: float) -> None:
+    program = canonical("llama")
+    formats = "formats=sign-g32|mixed-g32-c32|ternary-g32|int2-g32|int3-g32|nf4-g32|int4-g32"
+    program = lower(
+        program, f"calibrate,sensitivity{{{formats}}},assign{{{formats},target_bpw={target}}}", calibration(program)
+    )
+    assert len({node.meta[FORMAT] for node in sites(program)}) > 1
+    stored = sizes.measure(lower(program, "rtn,activation,fuse,dead_code"))
+    assert target - 0.5 < stored.true_bpw <= target
+
+
 def test_more_budget_never_costs_more_and_chance_never_wins() -> None:
     losses = [loss(assigned(f"target_bpw={target}")) for target in (6.1, 6.6, 7.3, 8.0, 9.5, 12.0)]
     assert losses == sorted(losses, reverse=True)

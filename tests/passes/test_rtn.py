@@ -54,7 +54,11 @@ def test_text() -> None:
     )
 
 
-@pytest.mark.parametrize("options", ["bits=4,group=32", "bits=8,group=0", "bits=4,group=128,clip=minmax", "bits=16"])
+OPTIONS = ["bits=4,group=32", "bits=8,group=0", "bits=4,group=128,clip=minmax", "bits=16", "bits=1", "bits=2", "bits=3"]
+OPTIONS += ["format=ternary-g32", "format=nf4-channel", "format=fp4-g64,clip=minmax", "format=sign-g32"]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_the_packed_matrix_is_the_rounded_one(options: str) -> None:
     program = two_sites()
     (step,) = parse_pipeline(f"rtn{{{options}}}", PASSES)
@@ -64,10 +68,10 @@ def test_the_packed_matrix_is_the_rounded_one(options: str) -> None:
         key = f"{node.meta[SITE]}.weight"
         weight = program.store.load(key)
         want = weight.half().float()
-        if step.format.is_integer:
-            want = dequantise(round_matrix(weight, step.format, step.clip), step.format)
-        scale = out.store.load(f"{key}.{step.format}.scale") if step.format.is_integer else None
-        got = unpack(step.format, out.store.load(f"{key}.{step.format}"), scale, *weight.shape)
+        if step.default_format().is_integer:
+            want = dequantise(round_matrix(weight, step.default_format(), step.clip), step.default_format())
+        scale = out.store.load(f"{key}.{step.default_format()}.scale") if step.default_format().is_integer else None
+        got = unpack(step.default_format(), out.store.load(f"{key}.{step.default_format()}"), scale, *weight.shape)
         assert torch.equal(got, want)
 
 
@@ -97,6 +101,15 @@ def test_pack_takes_what_rtn_left() -> None:
     assert {node.meta[SITE]: node.meta[FORMAT] for node in sites(out)} == {"a": "int8-g64", "b": "float16"}
     assert "a.weight" not in out.store
     assert_settled(Pack("float16"), out)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [("bits=1,group=128", "sign-g128"), ("bits=2", "int2-g64"), ("bits=3,group=0", "int3-channel"), ("", "int4-g64")],
+)
+def test_bits_name_a_format(options: str, name: str) -> None:
+    (step,) = parse_pipeline(f"rtn{{{options}}}" if options else "rtn", PASSES)
+    assert isinstance(step, Rtn) and str(step.default_format()) == name
 
 
 def test_sites_and_skip_choose() -> None:
@@ -146,8 +159,12 @@ def test_weights_beyond_float16_are_named() -> None:
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(UsageError, match="3 bits; it takes 4, 8, 16, 32"):
-        parse_pipeline("rtn{bits=3}", PASSES)
+    with pytest.raises(UsageError, match="5 bits; it takes 1, 2, 3, 4, 8, 16, 32"):
+        parse_pipeline("rtn{bits=5}", PASSES)
+    with pytest.raises(UsageError, match="either format, or bits and group"):
+        parse_pipeline("rtn{bits=3,format=nf4-g64}", PASSES)
+    with pytest.raises(UsageError, match="Format 'nf4' is not known"):
+        parse_pipeline("rtn{format=nf4}", PASSES)
     with pytest.raises(UsageError, match="group of 48; choose 32, 64, 128"):
         parse_pipeline("rtn{group=48}", PASSES)
     with pytest.raises(HikuiError, match="run `canonicalise` first"):

@@ -14,7 +14,7 @@ from hikui.passes.rounding import dequantise, round_matrix
 
 from .helpers import assert_settled, calibration, canonical, check, lower
 
-FORMATS = ("int4-g32", "int4-channel", "int8-g64", "float16")
+FORMATS = ("int4-g32", "int4-channel", "int8-g64", "sign-g32", "ternary-g64", "nf4-channel", "float16")
 
 
 def measured(pipeline: str) -> Program:

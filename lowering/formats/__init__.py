@@ -1,0 +1,33 @@
+"""Weight formats: how a matrix is stored, and how many bits that truly takes.
+
+One packed layout serves every CPU: a block holds 16 output rows side by side, so a kernel adds 16 rows without a
+horizontal sum, and 4 neighbouring input columns, which is what the integer dot products of VNNI and NEON take.
+docs/architecture.md has the layout in a table.
+"""
+
+from hikui.lowering.formats.activations import activation_k, quantize_activation, quantize_activation_static
+from hikui.lowering.formats.format import ACTIVATION_PADDING, GROUPS, MIXED, ROWS, SUM_WIDTH, Format, Segment
+from hikui.lowering.formats.kinds import FP4, KINDS, NF4, Kind
+from hikui.lowering.formats.packing import Packed, pack, unpack, unpack_codes, unpack_scale
+
+__all__ = [
+    "ACTIVATION_PADDING",
+    "FP4",
+    "GROUPS",
+    "KINDS",
+    "MIXED",
+    "NF4",
+    "ROWS",
+    "SUM_WIDTH",
+    "Format",
+    "Kind",
+    "Packed",
+    "Segment",
+    "activation_k",
+    "pack",
+    "quantize_activation",
+    "quantize_activation_static",
+    "unpack",
+    "unpack_codes",
+    "unpack_scale",
+]

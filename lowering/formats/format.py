@@ -1,0 +1,211 @@
+"""The name of a weight format, its sizes, and the bits that it truly takes."""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hikui.lowering.errors import UsageError
+from hikui.lowering.formats.kinds import KINDS
+
+ROWS = 16
+"""Output rows in a block of the packed layout."""
+
+SUM_WIDTH = 32
+"""Input columns that share one entry of an activation's `sums`; every group is a multiple of it."""
+
+ACTIVATION_PADDING = 128
+"""Quantised activations are padded to this many columns, the widest group."""
+
+GROUPS = (32, 64, 128)
+MIXED = "mixed"
+FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+_PATTERN = re.compile(
+    rf"({'|'.join(KINDS)})-(?:g(\d+)|channel)|({MIXED})-g(\d+)-c(\d+)|({'|'.join(FLOAT_DTYPES)})",
+    re.ASCII,
+)
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+class Segment(NamedTuple):
+    """Columns `start`…`stop`−1 of a matrix, all of one format."""
+
+    format: "Format"
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """Integer codes with a scale for each group of columns, or plain floats.
+
+    Attributes:
+        kind: a key of `KINDS`, `mixed`, `float16` or `float32`.
+        group: input columns that share a scale; None is one scale a row (and the only value for floats).
+        columns: for `mixed`, how many leading columns are `int4`; the others are `sign`. Which columns lead is the
+            affair of whoever permutes them.
+    """
+
+    kind: str
+    group: int | None = None
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*KINDS, MIXED, *FLOAT_DTYPES):
+            known = ", ".join([*KINDS, MIXED, *FLOAT_DTYPES])
+            raise UsageError(f"Format '{self.kind}' is not known; the formats are {known}.")
+        groups = ", ".join(map(str, GROUPS))
+        if self.is_mixed:
+            if self.group not in GROUPS:
+                raise UsageError(f"Format 'mixed' cannot have a group of {self.group}; it takes {groups}.")
+            if not self.columns or self.columns < 0 or self.columns % self.group:
+                raise UsageError(
+                    f"Format 'mixed' cannot have {self.columns} int4 columns; it takes a multiple of its group "
+                    f"{self.group}, at least one."
+                )
+        elif self.columns is not None:
+            raise UsageError(f"Format '{self.kind}' stores all columns alike; only 'mixed' takes a number of them.")
+        elif self.group is not None and (not self.is_integer or self.group not in GROUPS):
+            raise UsageError(
+                f"Format '{self.kind}' cannot have a group of {self.group}; integer formats take "
+                f"{groups} or channel, float formats take none."
+            )
+
+    @staticmethod
+    def parse(text: str) -> "Format":
+        """Reads `int4-g64`, `sign-channel`, `nf4-g32`, `mixed-g128-c768`, `float16`, …
+
+        Raises:
+            UsageError: the text names no format.
+        """
+        match = _PATTERN.fullmatch(text.strip())
+        if match is None:
+            raise UsageError(
+                f"Format '{text}' is not known; write for example int4-g64, int8-g128, int4-channel, sign-g128, "
+                "ternary-g64, nf4-g64, mixed-g128-c768, float16 or float32."
+            )
+        plain, group, mixed, mixed_group, columns, floating = match.groups()
+        if mixed:
+            return Format(mixed, int(mixed_group), int(columns))
+        return Format(plain or floating, int(group) if group else None)
+
+    def __str__(self) -> str:
+        if not self.is_integer:
+            return self.kind
+        if self.is_mixed:
+            return f"{self.kind}-g{self.group}-c{self.columns}"
+        return f"{self.kind}-channel" if self.group is None else f"{self.kind}-g{self.group}"
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether weights are integer codes (of a codebook also) with scales."""
+        return self.kind not in FLOAT_DTYPES
+
+    @property
+    def is_mixed(self) -> bool:
+        return self.kind == MIXED
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored value (the widest, for `mixed`), without scales and padding."""
+        if not self.is_integer:
+            return FLOAT_DTYPES[self.kind].itemsize * 8
+        return KINDS["int4" if self.is_mixed else self.kind].bits
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Every value that a code can have, ascending; for `mixed` those of its int4 columns.
+
+        Raises:
+            ValueError: a float format, which has no codes.
+        """
+        if not self.is_integer:
+            raise ValueError(f"{self} has no codes")
+        return KINDS["int4" if self.is_mixed else self.kind].levels
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        if not self.is_integer:
+            return FLOAT_DTYPES[self.kind]
+        return torch.uint8 if self.is_mixed else KINDS[self.kind].dtype
+
+    def segments(self, k: int) -> tuple[Segment, ...]:
+        """The runs of columns stored alike: one, but two for `mixed`. `k` may be the padded number of columns.
+
+        Raises:
+            UsageError: `mixed` wants more int4 columns than there are.
+        """
+        if not self.is_mixed:
+            return (Segment(self, 0, k),)
+        assert self.columns is not None
+        if self.columns > k:
+            raise UsageError(f"Format '{self}' has more int4 columns than the matrix has columns, {k}.")
+        ends = ((Format("int4", self.group), 0, self.columns), (Format("sign", self.group), self.columns, k))
+        return tuple(Segment(*end) for end in ends if end[1] < end[2])
+
+    def group_size(self, k: int) -> int:
+        """Columns in a group for a matrix of k input columns: a group above k becomes the channel (not for `mixed`)."""
+        if self.group is None or (self.group > k and not self.is_mixed):
+            return round_up(k, SUM_WIDTH)
+        return self.group
+
+    def padded_k(self, k: int) -> int:
+        """Columns stored: whole groups, for `mixed` as many as the activation has once quantised."""
+        if self.is_mixed:
+            return round_up(k, ACTIVATION_PADDING)
+        return round_up(k, self.group_size(k)) if self.is_integer else k
+
+    def groups(self, k: int) -> int:
+        return self.padded_k(k) // self.group_size(k)
+
+    def stored_columns(self, lines: int) -> int:
+        """Columns, padding included, in so many lines of an integer format's weight (its second dimension)."""
+        if self.is_mixed:
+            assert self.columns is not None
+            return SUM_WIDTH * lines - 3 * self.columns
+        return lines * SUM_WIDTH // KINDS[self.kind].lines
+
+    def weight_shape(self, n: int, k: int) -> tuple[int, ...]:
+        blocks = -(-n // ROWS)
+        if not self.is_integer:
+            return (blocks, k, ROWS)
+        self.segments(k)  # Says so where `mixed` does not fit.
+        if self.is_mixed:
+            assert self.columns is not None
+            return (blocks, (self.padded_k(k) + 3 * self.columns) // SUM_WIDTH, ROWS, 4)
+        return (blocks, self.padded_k(k) // SUM_WIDTH * KINDS[self.kind].lines, ROWS, 4)
+
+    def scale_shape(self, n: int, k: int) -> tuple[int, ...] | None:
+        return (-(-n // ROWS), self.groups(k), ROWS) if self.is_integer else None
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of the packed matrix, scales and padding counted."""
+        weight = torch.Size(self.weight_shape(n, k)).numel() * self.weight_dtype.itemsize
+        scale = self.scale_shape(n, k)
+        return weight + (torch.Size(scale).numel() * torch.float16.itemsize if scale else 0)
+
+    def permutation_nbytes(self, k: int) -> int:
+        """Bytes of the order of the columns, which `mixed` needs once for all sites that read an activation."""
+        return k * torch.int32.itemsize if self.is_mixed else 0
+
+    def true_bits(self, n: int, k: int) -> float:
+        """Bits per weight of an n×k matrix that stands alone; scales, padding and a permutation counted."""
+        return 8 * (self.nbytes(n, k) + self.permutation_nbytes(k)) / (n * k)
+
+    def notes(self, n: int, k: int) -> list[str]:
+        """What a reader of the report should know of this format on an n×k matrix."""
+        out = []
+        if self.is_integer and not self.is_mixed and self.group is not None and self.group > k:
+            out.append(f"group {self.group} is wider than K={k}: one group for the whole channel")
+        elif self.is_integer and self.padded_k(k) != k:
+            filled = ACTIVATION_PADDING if self.is_mixed else self.group_size(k)
+            out.append(f"K={k} is padded to {self.padded_k(k)} to fill the last group of {filled}")
+        if n % ROWS:
+            out.append(f"N={n} is padded to {round_up(n, ROWS)} rows")
+        return out

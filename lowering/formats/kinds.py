@@ -1,0 +1,65 @@
+"""The kinds of low-bit weights: which integer a stored field stands for.
+
+Codes are integers throughout, codebooks included, so that products with integer activations are exact; what a table's
+real values are divided by is absorbed by the scales.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
+"""NormalFloat4 (Dettmers et al., QLoRA, 2023, appendix E) times 127, rounded."""
+
+FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+"""The 4-bit float with two exponent bits and one mantissa bit, times two; bit 3 is the sign."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of low-bit weight is stored.
+
+    Attributes:
+        bits: of the stored field.
+        lines: lines of 64 bytes (16 rows × 4 bytes) that hold 32 input columns.
+        codes: the integer that each stored field stands for, by field; None for `int8`, which is stored as it is.
+    """
+
+    bits: int
+    lines: int
+    codes: tuple[int, ...] | None
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Every integer that a code can be, ascending."""
+        return tuple(range(-127, 128)) if self.codes is None else tuple(sorted(set(self.codes)))
+
+    @property
+    def step(self) -> int:
+        """The distance of two neighbouring codes (1 or 2), fields ascending; 0 for a codebook."""
+        if self.codes is None:
+            return 1
+        step = self.codes[1] - self.codes[0]
+        return step if self.codes == tuple(range(self.codes[0], self.codes[-1] + 1, step)) else 0
+
+    @property
+    def padding(self) -> int:
+        """The field under padding: that of code 0 where there is one."""
+        return self.codes.index(0) if self.codes and 0 in self.codes else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.int8 if self.codes is None else torch.uint8
+
+
+KINDS = {
+    "sign": Kind(1, 1, (-1, 1)),
+    "int2": Kind(2, 2, (-3, -1, 1, 3)),
+    "ternary": Kind(2, 2, (-1, 0, 1)),
+    "int3": Kind(3, 3, tuple(range(-7, 8, 2))),
+    "int4": Kind(4, 4, tuple(range(-8, 8))),
+    "nf4": Kind(4, 4, NF4),
+    "fp4": Kind(4, 4, FP4),
+    "int8": Kind(8, 8, None),
+}
+"""Every kind whose columns are all stored alike; `mixed` is made of `int4` and `sign`."""
