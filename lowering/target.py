@@ -26,6 +26,7 @@ class Target:
         features: what the board must offer, under the names of Linux's /proc/cpuinfo.
         emulator_cpu: `-cpu` of qemu-user that stands for this machine, or None.
         description: one line for `hikui targets`.
+        cuda: compute capabilities of the GPU that the artefact carries kernels for; empty for none.
     """
 
     name: str
@@ -36,11 +37,16 @@ class Target:
     features: tuple[str, ...]
     emulator_cpu: str | None
     description: str
+    cuda: tuple[str, ...] = ()
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
+        Target(
+            "x86-64", "x86_64-linux-gnu", ("portable", "avx2", "avx512vnni"), "x86-64", (), (), None,
+            "any x86-64; the kernels are chosen where they run, from plain C to AVX-512 VNNI",
+        ),
         Target(
             "x86-64-v3", "x86_64-linux-gnu", ("avx2",), "x86-64-v3", (), _X86_V3, None,
             "x86-64 with AVX2 (Haswell, Zen and later)",
@@ -48,6 +54,10 @@ TARGETS: dict[str, Target] = {
         Target(
             "x86-64-vnni", "x86_64-linux-gnu", ("avx2", "avx512vnni"), "x86-64-v4", ("+avx512vnni",), _X86_VNNI, None,
             "x86-64 with AVX-512 VNNI (Ice Lake, Zen 4 and later)",
+        ),
+        Target(
+            "aarch64", "aarch64-linux-gnu", ("neon", "dotprod", "i8mm"), "generic", ("+neon",), _ARM_V8, "cortex-a72",
+            "any 64-bit ARM; the kernels are chosen where they run, from ARMv8.0 to i8mm",
         ),
         Target(
             "raspberry-pi-4", "aarch64-linux-gnu", ("neon",), "cortex-a72", ("+neon",), _ARM_V8, "cortex-a72",
@@ -59,7 +69,15 @@ TARGETS: dict[str, Target] = {
         ),
         Target(
             "jetson-orin", "aarch64-linux-gnu", ("neon", "dotprod"), "cortex-a78ae", ("+neon", "+dotprod"), _ARM_V82,
-            "cortex-a76", "Jetson Orin: Cortex-A78AE (its CPU)",
+            "cortex-a76", "Jetson Orin: Cortex-A78AE, and CUDA kernels for its GPU (sm_87)", ("87",),
+        ),
+        Target(
+            "cuda-sm80", "x86_64-linux-gnu", ("avx2", "avx512vnni"), "x86-64-v3", (), _X86_V3, None,
+            "x86-64 with AVX2, and CUDA kernels for an A100 (sm_80)", ("80",),
+        ),
+        Target(
+            "cuda-sm90", "x86_64-linux-gnu", ("avx2", "avx512vnni"), "x86-64-v3", (), _X86_V3, None,
+            "x86-64 with AVX2, and CUDA kernels for an H100 or H200 (sm_90a)", ("90a",),
         ),
     )
 }  # fmt: skip
@@ -85,14 +103,15 @@ def missing_features(target: Target) -> tuple[str, ...]:
 
 
 def resolve(name: str) -> Target:
-    """The target of that name; `host` is the best one that this machine can run.
+    """The target of that name; `host` is the best one without a GPU that this machine can run.
 
     Raises:
         UsageError: no such target.
         HikuiError: `host` on a machine that no target fits.
     """
     if name == "host":
-        fitting = [t for t in TARGETS.values() if t.triple == machine_triple() and not missing_features(t)]
+        plain = [target for target in TARGETS.values() if not target.cuda]
+        fitting = [t for t in plain if t.triple == machine_triple() and not missing_features(t)]
         if not fitting:
             raise HikuiError(
                 f"No target fits this machine ({platform.machine()}); name one of {', '.join(TARGETS)} with --target."

@@ -16,13 +16,25 @@ from hikui.backends.kernels.mathematics import maximum_of, sigmoid, sum_of
 PADDING = 128
 """Columns of q are a multiple of this."""
 
+TINY = 2.0**-100
+"""Rows whose largest magnitude is no more than this count as zero: its inverse would not be finite."""
 
-def quantize_activation(name: str) -> Any:
-    """int8 per row: q = round(x · 127/max|x|), scale = max|x|/127, sums of 32 neighbours of q."""
+
+MODES = {"int8": 127, "int4": 7, "static": 127}
+"""The quantisers of activations and the largest code of each; `static` takes its step from the caller."""
+
+
+def quantize_activation(mode: str, name: str) -> Any:
+    """Q = round(x · L/max|x|), scale = max|x|/L, sums of 32 neighbours of q, for the largest code L.
+
+    `static`: q = round(x / step), clipped, and scale = step.
+    """
+    most, static = MODES[mode], mode == "static"
 
     @T.prim_func(s_tir=True)
     def kernel(
         x_data: T.handle("float32"),
+        step_data: T.handle("float32"),
         q_data: T.handle("int8"),
         scale_data: T.handle("float32"),
         sums_data: T.handle("int32"),
@@ -33,34 +45,39 @@ def quantize_activation(name: str) -> Any:
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
         padded = (k_size + (PADDING - 1)) // PADDING * PADDING
         x = T.decl_buffer((last * k_size,), "float32", data=x_data)
+        step = T.decl_buffer((1,), "float32", data=step_data)
         q = T.decl_buffer((last * padded,), "int8", data=q_data)
         scale = T.decl_buffer((last,), "float32", data=scale_data)
         sums = T.decl_buffer((last * (padded // 32),), "int32", data=sums_data)
         lanes = T.alloc_buffer((32,), "float32", scope="local")
         largest = T.alloc_buffer((1,), "float32", scope="local")
-        inverse = T.alloc_buffer((1,), "float32", scope="local")
+        factor = T.alloc_buffer((1,), "float32", scope="local")
         count = T.alloc_buffer((1,), "int32", scope="local")
         for row in range(first, last):
-            for i in unrolled(2):
-                lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
-            for chunk in range(k_size // 32):
+            if static:
+                scale[row] = step[0]
+                factor[0] = step[0]
+            else:
                 for i in unrolled(2):
-                    lanes[T.ramp(i * 16, 1, 16)] = T.max(
-                        vector(lanes, i * 16, 16), T.abs(vector(x, row * k_size + chunk * 32 + i * 16, 16))
-                    )
-            largest[0] = maximum_of(T.max(vector(lanes, T.int64(0), 16), vector(lanes, T.int64(16), 16)), 16)
-            for k in range(k_size // 32 * 32, k_size):
-                largest[0] = T.max(largest[0], T.abs(x[row * k_size + k]))
-            scale[row] = largest[0] / T.float32(127)
-            inverse[0] = T.float32(0)
-            if largest[0] > T.float32(0):
-                inverse[0] = T.float32(127) / largest[0]
+                    lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
+                for chunk in range(k_size // 32):
+                    for i in unrolled(2):
+                        lanes[T.ramp(i * 16, 1, 16)] = T.max(
+                            vector(lanes, i * 16, 16), T.abs(vector(x, row * k_size + chunk * 32 + i * 16, 16))
+                        )
+                largest[0] = maximum_of(T.max(vector(lanes, T.int64(0), 16), vector(lanes, T.int64(16), 16)), 16)
+                for k in range(k_size // 32 * 32, k_size):
+                    largest[0] = T.max(largest[0], T.abs(x[row * k_size + k]))
+                scale[row] = largest[0] / T.float32(most)
+                factor[0] = T.float32(0)
+                if largest[0] > T.float32(TINY):
+                    factor[0] = T.float32(most) / largest[0]
             for chunk in range(k_size // 32):
                 q[T.ramp(row * padded + chunk * 32, 1, 32)] = T.cast(
-                    _codes(vector(x, row * k_size + chunk * 32, 32), inverse[0], 32), "int8x32"
+                    _codes(vector(x, row * k_size + chunk * 32, 32), factor[0], most, static, 32), "int8x32"
                 )
             for k in range(k_size // 32 * 32, k_size):
-                q[row * padded + k] = T.cast(_codes(x[row * k_size + k], inverse[0], 1), "int8")
+                q[row * padded + k] = T.cast(_codes(x[row * k_size + k], factor[0], most, static, 1), "int8")
             for k in range(k_size, padded):
                 q[row * padded + k] = T.int8(0)
             for chunk in range(padded // 32):
@@ -72,11 +89,13 @@ def quantize_activation(name: str) -> Any:
     return kernel
 
 
-def _codes(values: Any, inverse: Any, lanes: int) -> Any:
-    low, high, factor = T.float32(-127), T.float32(127), inverse
+def _codes(values: Any, factor: Any, most: int, static: bool, lanes: int) -> Any:
+    low, high, zero = (T.float32(value) for value in (-most, most, 0))
     if lanes > 1:
-        low, high, factor = splat(low, lanes), splat(high, lanes), splat(inverse, lanes)
-    return T.cast(T.max(T.min(T.nearbyint(values * factor), high), low), f"int32x{lanes}" if lanes > 1 else "int32")
+        low, high, zero, factor = (splat(value, lanes) for value in (low, high, zero, factor))
+    # A step of zero stands for activations that were always zero.
+    scaled = T.Select(factor > zero, values / factor, zero) if static else values * factor
+    return T.cast(T.max(T.min(T.nearbyint(scaled), high), low), f"int32x{lanes}" if lanes > 1 else "int32")
 
 
 def rms_norm(name: str) -> Any:

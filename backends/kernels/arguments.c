@@ -5,9 +5,9 @@
 
 static const struct {
   const char* name;
-  uint8_t code, bits;
-} elements[] = {{"int8", 0, 8},     {"uint8", 1, 8},    {"int32", 0, 32},
-                {"int64", 0, 64},   {"float16", 2, 16}, {"float32", 2, 32}};
+  uint8_t code, bits, alignment;
+} elements[] = {{"int8", 0, 8, 1},   {"int8", 0, 8, 4},     {"uint8", 1, 8, 4},   {"int32", 0, 32, 4},
+                {"int64", 0, 64, 8}, {"float16", 2, 16, 2}, {"float32", 2, 32, 4}};
 
 int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted) {
   call->name = name;
@@ -45,6 +45,9 @@ struct view hikui_take_tensor(struct call* call, int index, const char* name, en
     call->failed = hikui_fail("%s: %s must be %s.", call->name, name, elements[element].name);
   } else if (given->data == NULL && view.count > 0) {
     call->failed = hikui_fail("%s: %s has no data.", call->name, name);
+  } else if (view.count > 0 && (uintptr_t)view.data % elements[element].alignment != 0) {
+    call->failed = hikui_fail("%s: %s must lie at a multiple of %d bytes.", call->name, name,
+                              (int)elements[element].alignment);
   } else if (given->strides != NULL) {
     int64_t expected = 1;
     for (int32_t i = given->ndim; i-- > 0;) {

@@ -4,7 +4,16 @@
 
 #include "internal.h"
 
-enum element { INT8_ELEMENT, UINT8_ELEMENT, INT32_ELEMENT, INT64_ELEMENT, FLOAT16_ELEMENT, FLOAT32_ELEMENT };
+/* QUADS and LINES are int8 and uint8 that the kernels read four at a time: they must lie at multiples of 4 bytes. */
+enum element {
+  INT8_ELEMENT,
+  QUADS_ELEMENT,
+  LINES_ELEMENT,
+  INT32_ELEMENT,
+  INT64_ELEMENT,
+  FLOAT16_ELEMENT,
+  FLOAT32_ELEMENT
+};
 
 /* The call being checked: the first error stays. */
 struct call {

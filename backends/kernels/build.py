@@ -17,9 +17,11 @@ from pathlib import Path
 import platformdirs
 
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats.format import MIXED
+from hikui.lowering.formats.kinds import KINDS
 
 _FOLDER = Path(__file__).resolve().parent
-_C_SOURCES = ("arguments.c", "dispatch.c", "runtime.c", "select.c")
+_C_SOURCES = ("arguments.c", "products.c", "rows.c", "runtime.c", "select.c")
 _C_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-c")
 _ZIG_GLIBC = "2.28"
 """The glibc that objects built by zig are meant for; GCC's objects here need no newer one either."""
@@ -28,13 +30,12 @@ HEADER = _FOLDER / "kernels.h"
 """The C interface of the objects."""
 
 SYMBOLS = (
-    "hikui_quantize_activation",
-    "hikui_linear_a8_int4",
-    "hikui_linear_a8_int8",
-    "hikui_linear_a8_branch_int4",
-    "hikui_linear_a8_branch_int8",
+    *(f"hikui_linear_{form}{kind}" for form in ("a8_", "a8_branch_", "") for kind in (*KINDS, MIXED)),
     "hikui_linear_float16",
     "hikui_linear_float32",
+    "hikui_quantize_activation",
+    "hikui_quantize_activation_int4",
+    "hikui_quantize_activation_static",
     "hikui_rms_norm",
     "hikui_rms_norm_quantize",
     "hikui_swiglu",
@@ -129,7 +130,9 @@ def _fingerprint(triple: str, isas: tuple[str, ...], command: tuple[str, ...]) -
     for text in (triple, *isas, version, importlib.metadata.version("apache-tvm")):
         digest.update(text.encode() + b"\0")
     for path in sorted(p for p in _FOLDER.rglob("*") if p.suffix in (".py", ".c", ".h")):
-        digest.update(path.relative_to(_FOLDER).as_posix().encode() + b"\0" + path.read_bytes())
+        name = path.relative_to(_FOLDER)
+        if name.parts[0] != "cuda":  # The kernels for GPUs are built apart.
+            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:32]
 
 
@@ -137,18 +140,13 @@ def _compile(triple: str, isas: tuple[str, ...], command: tuple[str, ...], direc
     # TVM takes seconds to import and only a fresh cache needs it.
     from hikui.backends.kernels.compile import compile_isa
     from hikui.backends.kernels.isa import ISAS
+    from hikui.backends.kernels.table import c_tables
 
-    tables = []
     for name in isas:
-        isa = ISAS[name]
-        if isa.triple != triple:
-            raise HikuiError(f"Instruction set {name} belongs to {isa.triple}, not to {triple}.")
-        compile_isa(name, directory / f"hikui_kernels_{name}.o")
-        tiles = (isa.single, isa.many, isa.float_single, isa.float_many)
-        tables.append(f"HIKUI_TABLE({name}, {', '.join(str(tile.blocks) for tile in tiles)})\n")
-    tables.append(f"static const struct kernel_table* const tables[] = {{{', '.join(f'&table_{n}' for n in isas)}}};\n")
-    tables.append(f'#define TABLE_NAMES "{", ".join(isas)}"\n')
-    (scratch / "isas.inc").write_text("".join(tables))
+        if ISAS[name].triple not in ("", triple):
+            raise HikuiError(f"Instruction set {name} belongs to {ISAS[name].triple}, not to {triple}.")
+        compile_isa(name, directory / f"hikui_kernels_{name}.o", command)
+    (scratch / "isas.inc").write_text(c_tables([ISAS[name] for name in isas]))
     for source in _C_SOURCES:
         target = directory / f"hikui_{Path(source).stem}.o"
         run = subprocess.run(

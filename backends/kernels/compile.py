@@ -1,57 +1,60 @@
-"""From TIR to an object file with plain C functions."""
+"""From TIR to an object file with plain C functions, by LLVM or through C."""
 
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm
 from tvm import tirx
 
-from hikui.backends.kernels import activation, attention, linear
+from hikui.backends.kernels import table
 from hikui.backends.kernels.isa import ISAS
-from hikui.backends.kernels.isa.base import Isa, Tile
+from hikui.backends.kernels.isa.base import Isa
+from hikui.backends.kernels.scalar import scalarise
+from hikui.lowering.errors import HikuiError
 
-SYMBOL = "hikui_{kernel}__{isa}"
+# -ffp-contract=off: the same sums on every machine. The generator leaves variables that turn out not to be needed.
+_C_FLAGS = (
+    "-std=gnu11", "-O2", "-fPIC", "-fno-math-errno", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unused-variable",
+    "-Wno-unused-but-set-variable", "-c",
+)  # fmt: skip
 
+_C_HEAD = """/* Written by TVM from the kernels' TIR. */
+#include <stdbool.h>
+#include <stdint.h>
+#include <string.h>
 
-def kernels(isa: Isa) -> dict[str, Any]:
-    """Every kernel of one instruction set, by C symbol."""
+typedef _Float16 half;
 
-    def symbol(kernel: str) -> str:
-        return SYMBOL.format(kernel=kernel, isa=isa.name)
+static inline float hikui_float32_bits(int32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
 
-    table = {}
-    for size, tile in (("single", isa.single), ("many", isa.many)):
-        for kind in ("int4", "int8"):
-            name = symbol(f"linear_a8_{kind}_{size}")
-            table[name] = linear.integer(isa, kind, tile, name)
-    for size, tile, chains in (
-        ("single", isa.float_single, 1),
-        ("many", isa.float_many, 1),
-        ("few_single", Tile(rows=1, blocks=1), 4),
-        ("few_many", Tile(rows=4, blocks=1), 1),
-    ):
-        for kind in ("float16", "float32"):
-            name = symbol(f"linear_{kind}_{size}")
-            table[name] = linear.floating(kind, tile, chains, name)
-    for make in (
-        activation.quantize_activation,
-        activation.rms_norm,
-        activation.swiglu,
-        attention.rotary,
-        attention.attention,
-    ):
-        name = symbol(make.__name__)
-        table[name] = make(name)
-    return table
+/* Halves go to the even neighbour, and no mathematical library is asked; beyond 2^22 a value stays about there. */
+static inline float hikui_nearest(float value) {
+  const float magic = 12582912.0f; /* 1.5 · 2^23: the sum has no bits below one */
+  return (value + magic) - magic;
+}
+"""
 
 
 def lower(isa: Isa) -> Any:
-    """The kernels of one instruction set as a TIR module ready for code generation.
+    """The kernels of one instruction set as a TIR module ready for code generation, and its target.
 
     The functions keep their C signature: no packed-function wrapper, so that the objects need no symbol of TVM.
     Checking arguments is the dispatcher's work.
     """
-    target = tvm.target.Target({"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": list(isa.attributes)})
+    functions = {kernel.symbol: kernel.build() for kernel in table.kernels(isa)}
+    target: Any
+    if isa.triple:
+        target = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": list(isa.attributes)}
+    else:
+        target = {"kind": "c"}
+        functions = {symbol: scalarise(function) for symbol, function in functions.items()}
+    target = tvm.target.Target(target)
     passes = [
         tirx.transform.BindTarget(target),
         tirx.transform.FlattenBuffer(),
@@ -60,16 +63,36 @@ def lower(isa: Isa) -> Any:
         tirx.transform.RemoveNoOp(),
         tirx.transform.LowerIntrin(),
     ]
-    return tvm.ir.transform.Sequential(passes)(tvm.IRModule(kernels(isa))), target
+    return tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions)), target
 
 
-def compile_isa(name: str, path: Path) -> Path:
+def c_source(isa: Isa) -> str:
+    """The kernels of the portable instruction set in C that needs no header of TVM."""
+    module, target = lower(isa)
+    text = tvm.get_global_func("target.build.c")(module, target).inspect_source()
+    head = ("#include", "#define TVM_EXPORTS", "void* __tvm_ffi__library_ctx", "//")
+    lines = (line.replace("TVM_DLL ", "") for line in text.splitlines() if not line.startswith(head))
+    return _C_HEAD + "\n".join(lines) + "\n"
+
+
+def compile_isa(name: str, path: Path, compiler: Sequence[str]) -> Path:
     """Writes the object file of one instruction set.
 
     Args:
         name: one of `isa.ISAS`.
         path: the file to write, ending in `.o`.
+        compiler: command of the C compiler that the portable kernels go through.
+
+    Raises:
+        HikuiError: the C compiler fails.
     """
-    module, target = lower(ISAS[name])
-    tvm.get_global_func("target.build.llvm")(module, target).write_to_file(str(path), "o")
+    isa = ISAS[name]
+    if isa.triple:
+        module, target = lower(isa)
+        tvm.get_global_func("target.build.llvm")(module, target).write_to_file(str(path), "o")
+        return path
+    flags = [*_C_FLAGS, "-x", "c", "-", "-o", str(path)]
+    run = subprocess.run([*compiler, *flags], input=c_source(isa), capture_output=True, text=True)
+    if run.returncode:
+        raise HikuiError(f"The C compiler {' '.join(compiler)} fails on the portable kernels: {run.stderr.strip()}")
     return path

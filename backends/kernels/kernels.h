@@ -9,6 +9,8 @@
 
 #include <stdint.h>
 
+#include "kinds.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -59,13 +61,17 @@ typedef struct {
 
 #define HIKUI_PACKED(name) int32_t __tvm_ffi_##name(void* self, const hikui_any* args, int32_t count, hikui_any* result)
 
-HIKUI_EXPORT HIKUI_PACKED(hikui_quantize_activation);      /* x, q, scale, sums */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_int4);           /* q, q_scale, q_sums, weight, scale, bias, y */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_int8);           /* the same */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_branch_int4);    /* q, q_scale, q_sums, weight, scale, bias, x, a, b, y */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_branch_int8);    /* the same */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float16);           /* x, weight, bias, y */
-HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float32);           /* the same */
+#define HIKUI_DECLARE_PRODUCTS(KIND, SYMBOL)                                                                           \
+  HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_##SYMBOL);        /* q, q_scale, q_sums, weight, scale, bias, y */         \
+  HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_branch_##SYMBOL); /* … bias, x, a, b, y */                                 \
+  HIKUI_EXPORT HIKUI_PACKED(hikui_linear_##SYMBOL);           /* x, weight, scale, bias, y */
+
+HIKUI_KINDS(HIKUI_DECLARE_PRODUCTS)
+HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float16);             /* x, weight, bias, y */
+HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float32);             /* the same */
+HIKUI_EXPORT HIKUI_PACKED(hikui_quantize_activation);        /* x, q, scale, sums */
+HIKUI_EXPORT HIKUI_PACKED(hikui_quantize_activation_int4);   /* the same */
+HIKUI_EXPORT HIKUI_PACKED(hikui_quantize_activation_static); /* x, step, q, scale, sums */
 HIKUI_EXPORT HIKUI_PACKED(hikui_rms_norm);                 /* x, weight, eps, y */
 HIKUI_EXPORT HIKUI_PACKED(hikui_rms_norm_quantize);        /* x, weight, eps, y, q, scale, sums */
 HIKUI_EXPORT HIKUI_PACKED(hikui_swiglu);                   /* gate, up, y */
@@ -98,6 +104,10 @@ HIKUI_EXPORT const char* hikui_kernels_last_error(void);
 /* The instruction set in use: "avx512vnni", …; null (and an error) where this CPU has none of those in the library.
  * The environment variable HIKUI_ISA asks for a certain one. */
 HIKUI_EXPORT const char* hikui_kernels_isa(void);
+
+/* Which kernel serves products of each format on this CPU: lines "<format> <single|few|many> <kernel>\n"; a kernel
+ * named "generic" is the fallback. Null (and an error) as above. */
+HIKUI_EXPORT const char* hikui_kernels_describe(void);
 
 #ifdef __cplusplus
 }

@@ -21,17 +21,27 @@
 #define MOST_DIMENSIONS 8
 #define MOST_THREADS 16
 
-#define KERNEL(name) {#name, __tvm_ffi_##name}
+#define KERNEL(name) {#name, __tvm_ffi_##name},
+#define PRODUCTS(KIND, SYMBOL)            \
+  KERNEL(hikui_linear_a8_##SYMBOL)        \
+  KERNEL(hikui_linear_a8_branch_##SYMBOL) \
+  KERNEL(hikui_linear_##SYMBOL)
 
 static const struct {
   const char* name;
   int32_t (*function)(void*, const hikui_any*, int32_t, hikui_any*);
-} kernels[] = {
-    KERNEL(hikui_quantize_activation),   KERNEL(hikui_linear_a8_int4),        KERNEL(hikui_linear_a8_int8),
-    KERNEL(hikui_linear_a8_branch_int4), KERNEL(hikui_linear_a8_branch_int8), KERNEL(hikui_linear_float16),
-    KERNEL(hikui_linear_float32),        KERNEL(hikui_rms_norm),              KERNEL(hikui_rms_norm_quantize),
-    KERNEL(hikui_swiglu),                KERNEL(hikui_swiglu_quantize),       KERNEL(hikui_rotary),
-    KERNEL(hikui_attention)};
+} kernels[] = {HIKUI_KINDS(PRODUCTS)                    //
+               KERNEL(hikui_linear_float16)             //
+               KERNEL(hikui_linear_float32)             //
+               KERNEL(hikui_quantize_activation)        //
+               KERNEL(hikui_quantize_activation_int4)   //
+               KERNEL(hikui_quantize_activation_static) //
+               KERNEL(hikui_rms_norm)                   //
+               KERNEL(hikui_rms_norm_quantize)          //
+               KERNEL(hikui_swiglu)                     //
+               KERNEL(hikui_swiglu_quantize)            //
+               KERNEL(hikui_rotary)                     //
+               KERNEL(hikui_attention)};
 
 static FILE *calls, *results;
 static int threads;

@@ -54,9 +54,14 @@ __attribute__((unused)) static int supports_neon(void) { return 1; } /* part of 
 /* HWCAP_ASIMDDP */
 __attribute__((unused)) static int supports_dotprod(void) { return (getauxval(AT_HWCAP) >> 20) & 1; }
 
-#else
-#error "hikui's kernels are for x86-64 and AArch64"
+/* HWCAP2_I8MM, and the dot product beside it */
+__attribute__((unused)) static int supports_i8mm(void) {
+  return supports_dotprod() && ((getauxval(AT_HWCAP2) >> 13) & 1);
+}
+
 #endif
+
+__attribute__((unused)) static int supports_portable(void) { return 1; }
 
 #include "isas.inc"
 
@@ -92,4 +97,9 @@ const struct kernel_table* hikui_kernels(void) {
 const char* hikui_kernels_isa(void) {
   const struct kernel_table* table = hikui_kernels();
   return table == NULL ? NULL : table->isa;
+}
+
+const char* hikui_kernels_describe(void) {
+  const struct kernel_table* table = hikui_kernels();
+  return table == NULL ? NULL : table->description;
 }

@@ -91,6 +91,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.hikui_kernels_last_error.restype = ctypes.c_char_p
         self._library.hikui_kernels_isa.restype = ctypes.c_char_p
+        self._library.hikui_kernels_describe.restype = ctypes.c_char_p
         self._functions = {name: getattr(self._library, f"__tvm_ffi_{name}") for name in SYMBOLS}
 
     def run(self, symbol: str, call: Call) -> None:
@@ -116,6 +117,18 @@ class Library:
         if name is None:
             raise HikuiError(self._last_error())
         return str(name.decode())
+
+    def describe(self) -> dict[tuple[str, str], str]:
+        """The kernel that serves each format and size class (`single`, `few`, `many`) on this CPU.
+
+        Raises:
+            HikuiError: as `isa`.
+        """
+        text = self._library.hikui_kernels_describe()
+        if text is None:
+            raise HikuiError(self._last_error())
+        rows = (line.split(" ", 2) for line in text.decode().splitlines())
+        return {(kind, size): kernel for kind, size, kernel in rows}
 
     def set_launch(self, address: int | None) -> None:
         """Gives the address of a function with the signature of TVMBackendParallelLaunch, or None for one thread."""

@@ -47,19 +47,28 @@ struct Spec {
   Output output[kMaxOutputs];
 };
 
+// Every weight format with integer codes: its name in operators, its name in symbols, what holds it.
+#define HIKUI_WEIGHTS(X)                                                                                       \
+  X(Sign, sign, kUint8) X(Int2, int2, kUint8) X(Ternary, ternary, kUint8) X(Int3, int3, kUint8)                \
+  X(Int4, int4, kUint8) X(Nf4, nf4, kUint8) X(Fp4, fp4, kUint8) X(Int8, int8, kInt8) X(Mixed, mixed, kUint8)
+
 #define HIKUI_PACKED_A8(weight) {kInt8}, {kFloat}, {kInt32}, {weight}, {kFloat16}, {kFloat, kOptional}
 #define HIKUI_QUANTIZED {kInt8, Shape::kPadded}, {kFloat, Shape::kTokens}, {kInt32, Shape::kSums}
+#define HIKUI_PRODUCTS(NAME, SYMBOL, WEIGHT)                                                                   \
+  {"LinearA8" #NAME, __tvm_ffi_hikui_linear_a8_##SYMBOL, nullptr, 6, {HIKUI_PACKED_A8(WEIGHT)},                \
+   1, {{kFloat, Shape::kOutFeatures}}},                                                                        \
+  {"LinearA8Branch" #NAME, __tvm_ffi_hikui_linear_a8_branch_##SYMBOL, nullptr, 9,                              \
+   {HIKUI_PACKED_A8(WEIGHT), {kFloat}, {kFloat16}, {kFloat16}}, 1, {{kFloat, Shape::kOutFeatures}}},           \
+  {"Linear" #NAME, __tvm_ffi_hikui_linear_##SYMBOL, nullptr, 4,                                                \
+   {{kFloat}, {WEIGHT}, {kFloat16}, {kFloat, kOptional}}, 1, {{kFloat, Shape::kOutFeatures}}},
 
 const Spec kSpecs[] = {
+    HIKUI_WEIGHTS(HIKUI_PRODUCTS)
     {"QuantizeActivation", __tvm_ffi_hikui_quantize_activation, nullptr, 1, {{kFloat}}, 3, {HIKUI_QUANTIZED}},
-    {"LinearA8Int4", __tvm_ffi_hikui_linear_a8_int4, nullptr, 6, {HIKUI_PACKED_A8(kUint8)},
-     1, {{kFloat, Shape::kOutFeatures}}},
-    {"LinearA8Int8", __tvm_ffi_hikui_linear_a8_int8, nullptr, 6, {HIKUI_PACKED_A8(kInt8)},
-     1, {{kFloat, Shape::kOutFeatures}}},
-    {"LinearA8BranchInt4", __tvm_ffi_hikui_linear_a8_branch_int4, nullptr, 9,
-     {HIKUI_PACKED_A8(kUint8), {kFloat}, {kFloat16}, {kFloat16}}, 1, {{kFloat, Shape::kOutFeatures}}},
-    {"LinearA8BranchInt8", __tvm_ffi_hikui_linear_a8_branch_int8, nullptr, 9,
-     {HIKUI_PACKED_A8(kInt8), {kFloat}, {kFloat16}, {kFloat16}}, 1, {{kFloat, Shape::kOutFeatures}}},
+    {"QuantizeActivationInt4", __tvm_ffi_hikui_quantize_activation_int4, nullptr, 1, {{kFloat}},
+     3, {HIKUI_QUANTIZED}},
+    {"QuantizeActivationStatic", __tvm_ffi_hikui_quantize_activation_static, nullptr, 2, {{kFloat}, {kFloat}},
+     3, {HIKUI_QUANTIZED}},
     {"LinearFloat32", __tvm_ffi_hikui_linear_float32, nullptr, 3, {{kFloat}, {kFloat}, {kFloat, kOptional}},
      1, {{kFloat, Shape::kOutFeatures}}},
     {"LinearFloat16", __tvm_ffi_hikui_linear_float16, nullptr, 3, {{kFloat}, {kFloat16}, {kFloat, kOptional}},

@@ -14,7 +14,7 @@ _FLAGS = (
 )  # fmt: skip
 # Nothing of the C++ library is used, so that neither it nor its glibc becomes a requirement of the board.
 _LINK = ("-Wl,-z,defs", "-Wl,--as-needed")
-_EXPORTS = "{ global: RegisterCustomOps; local: *; };\n"
+_EXPORTS = "{ global: RegisterCustomOps; hikui_kernels_isa; hikui_kernels_describe; local: *; };\n"
 
 
 def build(target: Target, path: Path) -> None:

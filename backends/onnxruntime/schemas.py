@@ -6,6 +6,8 @@
 import onnx
 from onnx.defs import OpSchema
 
+from hikui.lowering.formats import KINDS, MIXED
+
 DOMAIN = "hikui"
 VERSION = 1
 
@@ -19,29 +21,40 @@ _PACKED_A8 = (
     ("bias", "T", "optional"),
 )
 _BRANCH = (("x", "T"), ("a", "T16"), ("b", "T16"))
+_PACKED = (("x", "T"), ("weight", "W"), ("scale", "T16"), ("bias", "T", "optional"))
 _OUT_FEATURES = {"out_features": "INT"}
 _CACHES = (("key_cache", "T"), ("value_cache", "T"))
 
 _Operand = tuple[str, ...]
+
+
+def product(form: str, kind: str) -> str:
+    """The operator of a product with one kind of weights: `LinearA8` and `nf4` make `LinearA8Nf4`."""
+    return form + kind.capitalize()
+
+
 _OPERATORS: dict[str, tuple[tuple[_Operand, ...], tuple[_Operand, ...], dict[str, str]]] = {
     "Attention": (
         (("q", "T"), ("k", "T"), ("v", "T"), *_CACHES, ("past", "T64")),
         (("out", "T"), ("new_key_cache", "T"), ("new_value_cache", "T")),
         {"scale": "FLOAT"},
     ),
-    "LinearA8BranchInt4": ((*_PACKED_A8, *_BRANCH), (("y", "T"),), _OUT_FEATURES),
-    "LinearA8BranchInt8": ((*_PACKED_A8, *_BRANCH), (("y", "T"),), _OUT_FEATURES),
-    "LinearA8Int4": (_PACKED_A8, (("y", "T"),), _OUT_FEATURES),
-    "LinearA8Int8": (_PACKED_A8, (("y", "T"),), _OUT_FEATURES),
     "LinearFloat16": ((("x", "T"), ("weight", "T16"), ("bias", "T", "optional")), (("y", "T"),), _OUT_FEATURES),
     "LinearFloat32": ((("x", "T"), ("weight", "T"), ("bias", "T", "optional")), (("y", "T"),), _OUT_FEATURES),
     "QuantizeActivation": ((("x", "T"),), _QUANTIZED, {}),
+    "QuantizeActivationInt4": ((("x", "T"),), _QUANTIZED, {}),
+    "QuantizeActivationStatic": ((("x", "T"), ("step", "T")), _QUANTIZED, {}),
     "RmsNorm": ((("x", "T"), ("weight", "T")), (("y", "T"),), {"eps": "FLOAT"}),
     "RmsNormQuantize": ((("x", "T"), ("weight", "T")), (("y", "T"), *_QUANTIZED), {"eps": "FLOAT"}),
     "Rotary": ((("x", "T"), ("cos", "T"), ("sin", "T")), (("y", "T"),), {}),
     "SwiGlu": ((("gate", "T"), ("up", "T")), (("y", "T"),), {}),
     "SwiGluQuantize": ((("gate", "T"), ("up", "T")), (("y", "T"), *_QUANTIZED), {}),
 }
+
+for _kind in (*KINDS, MIXED):
+    _OPERATORS[product("Linear", _kind)] = (_PACKED, (("y", "T"),), _OUT_FEATURES)
+    _OPERATORS[product("LinearA8", _kind)] = (_PACKED_A8, (("y", "T"),), _OUT_FEATURES)
+    _OPERATORS[product("LinearA8Branch", _kind)] = ((*_PACKED_A8, *_BRANCH), (("y", "T"),), _OUT_FEATURES)
 
 _TYPES = [
     ("T", ["tensor(float)"], "activations"),

@@ -19,7 +19,7 @@ from onnxscript.values import Opset
 
 from hikui.backends.onnxruntime import schemas
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import ROWS, Format
+from hikui.lowering.formats import Format
 from hikui.lowering.program import Program
 
 OPSET = 21
@@ -52,35 +52,15 @@ def _cache_update(cache: _Value, new: _Value, past: _Value) -> _Value:
     return op.Concat(before, new, after, axis=2)
 
 
-def _dequantised(weight: _Value, scale: _Value, fmt: Format, n: int, k: int) -> _Value:
-    """The transposed matrix [K, N] of a packed integer weight, in standard operators."""
-    blocks, groups, size = -(-n // ROWS), fmt.groups(k), fmt.group_size(k)
-    if fmt.kind == "int4":
-        low = op.BitwiseAnd(weight, op.Cast(op.Constant(value_ints=[15]), to=ir.DataType.UINT8))
-        high = op.BitShift(weight, op.Cast(op.Constant(value_ints=[4]), to=ir.DataType.UINT8), direction="RIGHT")
-        pair = op.Concat(op.Unsqueeze(low, [2]), op.Unsqueeze(high, [2]), axis=2)
-        codes = op.Sub(op.Cast(pair, to=ir.DataType.FLOAT), op.Constant(value_float=8.0))
-    else:
-        codes = op.Cast(weight, to=ir.DataType.FLOAT)
-    lanes = op.Reshape(codes, op.Constant(value_ints=[blocks, groups, size // 4, ROWS, 4]))
-    wide = op.Unsqueeze(op.Cast(scale, to=ir.DataType.FLOAT), [2, 4])
-    columns = op.Transpose(op.Mul(lanes, wide), perm=[1, 2, 4, 0, 3])
-    matrix = op.Reshape(columns, op.Constant(value_ints=[groups * size, blocks * ROWS]))
-    return op.Slice(
-        matrix, op.Constant(value_ints=[0, 0]), op.Constant(value_ints=[k, n]), op.Constant(value_ints=[0, 1])
-    )
+def _product(form: str, format: str) -> Any:
+    return getattr(_hikui, schemas.product(form, Format.parse(format).kind))
 
 
 def _linear(
     x: _Value, weight: _Value, scale: _Value | None, bias: _Value | None, format: str, out_features: int
 ) -> _Value:
-    fmt = Format.parse(format)
-    if fmt.is_integer:
-        # Float activations times integer weights: there is no kernel, as fused programs quantise the activations.
-        y = op.MatMul(x, _dequantised(weight, scale, fmt, out_features, int(x.shape[-1])))
-        return y if bias is None else op.Add(y, bias)
-    kernel = _hikui.LinearFloat16 if fmt.kind == "float16" else _hikui.LinearFloat32
-    return kernel(x, weight, bias, out_features=out_features)
+    scales = (scale,) if Format.parse(format).is_integer else ()
+    return _product("Linear", format)(x, weight, *scales, bias, out_features=out_features)
 
 
 def _linear_a8(
@@ -93,16 +73,14 @@ def _linear_a8(
     format: str,
     out: int,
 ) -> _Value:
-    kernel = _hikui.LinearA8Int4 if Format.parse(format).kind == "int4" else _hikui.LinearA8Int8
-    return kernel(q, q_scale, q_sums, weight, scale, bias, out_features=out)
+    return _product("LinearA8", format)(q, q_scale, q_sums, weight, scale, bias, out_features=out)
 
 
 def _linear_a8_branch(
     q: _Value, q_scale: _Value, q_sums: _Value, weight: _Value, scale: _Value, bias: _Value | None,
     x: _Value, a: _Value, b: _Value, format: str, out: int,
 ) -> _Value:  # fmt: skip
-    kernel = _hikui.LinearA8BranchInt4 if Format.parse(format).kind == "int4" else _hikui.LinearA8BranchInt8
-    return kernel(q, q_scale, q_sums, weight, scale, bias, x, a, b, out_features=out)
+    return _product("LinearA8Branch", format)(q, q_scale, q_sums, weight, scale, bias, x, a, b, out_features=out)
 
 
 def _rms_norm(x: _Value, weight: _Value, eps: float) -> _Value:
@@ -121,6 +99,14 @@ def _attention(
 
 def _quantize_activation(x: _Value) -> _Value:
     return _hikui.QuantizeActivation(x)
+
+
+def _quantize_activation_int4(x: _Value) -> _Value:
+    return _hikui.QuantizeActivationInt4(x)
+
+
+def _quantize_activation_static(x: _Value, step: _Value) -> _Value:
+    return _hikui.QuantizeActivationStatic(x, step)
 
 
 def _swiglu(gate: _Value, up: _Value) -> _Value:
@@ -145,6 +131,8 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.linear_a8.default: _linear_a8,
         ops.linear_a8_branch.default: _linear_a8_branch,
         ops.quantize_activation.default: _quantize_activation,
+        ops.quantize_activation_int4.default: _quantize_activation_int4,
+        ops.quantize_activation_static.default: _quantize_activation_static,
         ops.rms_norm.default: _rms_norm,
         ops.rms_norm_quantize.default: _rms_norm_quantize,
         ops.rotary.default: _rotary,

@@ -11,7 +11,7 @@ from hikui.backends import toolchain
 _SOURCES = Path(__file__).parent
 _OPTIONS = (
     "-std=c++17", "-O2", "-Wall", "-Wextra", "-fno-exceptions", "-fno-rtti",
-    "-Wl,-rpath,$ORIGIN/../../lib/{triple}", "-Wl,--no-as-needed",
+    "-Wl,-rpath,$ORIGIN/../../lib/{triple}", "-Wl,--no-as-needed", "-ldl",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 //
 // The CPU is checked before the model's library is loaded, because code for a better CPU would die without a word.
 
+#include <dlfcn.h>
 #include <time.h>
 
 #include "engine.h"
@@ -241,6 +242,24 @@ void Serve(const Index& index, Engine* engine) {
   }
 }
 
+// Says which instruction set the kernels in the model's library use here, and which formats only have the fallback.
+void SayKernels(const Options& options) {
+  void* library = dlopen(Path(options.directory, "model.so").c_str(), RTLD_NOW | RTLD_NOLOAD);
+  if (library == nullptr) return;
+  auto isa = reinterpret_cast<const char* (*)()>(dlsym(library, "hikui_kernels_isa"));
+  auto describe = reinterpret_cast<const char* (*)()>(dlsym(library, "hikui_kernels_describe"));
+  if (isa == nullptr || describe == nullptr || isa() == nullptr) return;
+  fprintf(stderr, "hikui-run: kernels for %s\n", isa());
+  for (const char* line = describe(); *line != '\0';) {
+    const char* end = strchr(line, '\n');
+    const char* name = static_cast<const char*>(memmem(line, static_cast<size_t>(end - line), " generic", 8));
+    if (name != nullptr) {
+      fprintf(stderr, "hikui-run: fallback for %.*s\n", static_cast<int>(name - line), line);
+    }
+    line = end + 1;
+  }
+}
+
 int Main(int count, char** words) {
   Options options = Parse(count, words);
   Index index;
@@ -259,6 +278,7 @@ int Main(int count, char** words) {
   if (options.verbose) {
     fprintf(stderr, "hikui-run: loaded %zu weights, %llu bytes, in %.3f s\n", index.weights.size(),
             static_cast<unsigned long long>(index.parameters), Now() - start);
+    SayKernels(options);
   }
   if (options.serve) {
     Serve(index, &engine);

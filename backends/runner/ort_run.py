@@ -8,6 +8,7 @@ a line of JSON, {"shape": [T, V]} followed by that many float32, or {"error": "â
 """
 
 import argparse
+import ctypes
 import json
 import platform
 import struct
@@ -205,6 +206,21 @@ def serve(directory: Path, threads: int | None, requests: TextIO, answers: Binar
             answer({"shape": logits.shape}, logits.tobytes())
 
 
+def say_kernels(directory: Path) -> None:
+    """Says on stderr which instruction set the kernels use here, and which formats only have the fallback."""
+    description = describe(directory)
+    library = ctypes.CDLL(str(directory / description["library"]))
+    library.hikui_kernels_isa.restype = library.hikui_kernels_describe.restype = ctypes.c_char_p
+    isa, served = library.hikui_kernels_isa(), library.hikui_kernels_describe()
+    if isa is None or served is None:
+        return
+    print(f"kernels for {isa.decode()}", file=sys.stderr)
+    for line in served.decode().splitlines():
+        kind, size, kernel = line.split(" ", 2)
+        if kernel.startswith("generic"):
+            print(f"fallback for {kind} {size}", file=sys.stderr)
+
+
 def _ids(text: str) -> list[int]:
     return [int(part) for part in text.replace(",", " ").split()]
 
@@ -219,6 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="threads for a step")
     parser.add_argument("--dump-logits", type=Path, metavar="FILE", help="save the logits of each step as .npy")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the ids")
+    parser.add_argument("--verbose", action="store_true", help="say which kernels are used, on standard error")
     parser.add_argument("--serve", action="store_true", help="answer requests on standard input")
     options = parser.parse_args(arguments)
     if options.serve:
@@ -230,6 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
         model = OrtModel(options.directory, options.threads)
         if len(options.tokens) > model.context_length:
             raise LoadError(f"{len(options.tokens)} tokens do not fit the cache of {model.context_length}.")
+        if options.verbose:
+            say_kernels(options.directory)
         report, logits = generate(model, options.tokens, options.max_new_tokens, frozenset(options.stop))
     except LoadError as error:
         print(error, file=sys.stderr)

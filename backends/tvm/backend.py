@@ -12,6 +12,7 @@ from tvm import relax
 
 from hikui.backends import kernels, toolchain
 from hikui.backends.base import BuildResult, Progress
+from hikui.backends.kernels.cuda import artefact as cuda
 from hikui.backends.runner.build import build_runner
 from hikui.backends.tvm import index as files
 from hikui.backends.tvm.determinism import order_shape_stores
@@ -65,6 +66,8 @@ class TvmBackend:
     def build(self, program: Program, target: Target, directory: Path, progress: Progress) -> BuildResult:
         """Writes the library, the weights, the index, the token texts, the runner and TVM's runtime.
 
+        For a target with a GPU also the CUDA kernels, for callers of their own; the program runs on the CPU.
+
         Raises:
             HikuiError: an operator has no translation, no compiler is installed, or TVM's runtime for the target cannot
                 be fetched.
@@ -78,11 +81,14 @@ class TvmBackend:
             write_tokens(token_bytes(program.tokenizer, index.vocabulary), directory)
             written.append(files.TOKENS)
         written += self._write_runtime(target.triple, directory)
+        kernel_files, described = cuda.write(target, directory)
+        written += kernel_files
         entry: dict[str, object] = {
             "index": files.INDEX,
             "library": files.LIBRARY,
             "parameters": files.PARAMETERS,
             "runner": f"bin/{target.triple}/hikui-run",
+            **described,
         }
         return BuildResult(tuple(sorted(written)), entry, _requirements(directory, written))
 

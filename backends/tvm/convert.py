@@ -61,9 +61,11 @@ def _linear(node: fx.Node, importer: Importer) -> Value:
         x, weight = env[node.args[0]], env[node.args[1]]
         bias = node.args[2] if len(node.args) > 2 else None
         return _dense(importer, x, weight, None if bias is None else env[bias])
-    x, weight, _, bias, format_name, out_features = node.args
+    x, weight, scale, bias, format_name, out_features = node.args
+    fmt = Format.parse(str(format_name))
     y = relax.TensorType([*_shape(env[x])[:-1], out_features], _FLOAT)
-    return _emit_kernel(importer, f"hikui_linear_{format_name}", [env[x], env[weight], _bias(importer, bias)], [y])
+    operands = [env[x], env[weight], *([env[scale]] if fmt.is_integer else []), _bias(importer, bias)]
+    return _emit_kernel(importer, f"hikui_linear_{fmt.kind}", operands, [y])
 
 
 def _dense(importer: Importer, x: Value, weight: Value, bias: Value | None) -> Value:
@@ -79,8 +81,10 @@ def _dense(importer: Importer, x: Value, weight: Value, bias: Value | None) -> V
 
 
 def _quantize_activation(node: fx.Node, importer: Importer) -> Value:
-    x = importer.env[node.args[0]]
-    return _emit_kernel(importer, "hikui_quantize_activation", [x], _quantized(x))
+    """Any of the quantisers: the kernels are called like the operators."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    operands = [importer.env[argument] for argument in node.args]
+    return _emit_kernel(importer, node.target.name().replace("::", "_"), operands, _quantized(operands[0]))
 
 
 def _linear_a8(node: fx.Node, importer: Importer) -> Value:
@@ -136,6 +140,12 @@ def _embedding(node: fx.Node, importer: Importer) -> Value:
     """Rows of a table. The runners check the ids; clipping keeps a wrong one from reading elsewhere all the same."""
     weight, tokens = importer.env[node.args[0]], importer.env[node.args[1]]
     return importer.block_builder.emit(relax.op.take(weight, tokens, axis=0, mode="clip"))
+
+
+def _index_select(node: fx.Node, importer: Importer) -> Value:
+    """Columns in another order. The order is a permutation; without clipping TVM warns at every call."""
+    x, axis, order = node.args
+    return importer.block_builder.emit(relax.op.take(importer.env[x], importer.env[order], axis=axis, mode="clip"))
 
 
 def _select(node: fx.Node, importer: Importer) -> Value:
@@ -196,11 +206,14 @@ CONVERTERS: dict[str, Converter] = {
     "cache_update.default": _cache_update,
     "causal_mask.default": _causal_mask,
     "embedding.default": _embedding,
+    "index_select.default": _index_select,
     "linear.default": _linear,
     "linear_a8.default": _linear_a8,
     "linear_a8_branch.default": _linear_a8,
     "pow.Tensor_Scalar": _power,
     "quantize_activation.default": _quantize_activation,
+    "quantize_activation_int4.default": _quantize_activation,
+    "quantize_activation_static.default": _quantize_activation,
     "rms_norm.default": _rms_norm,
     "rms_norm_quantize.default": _rms_norm,
     "rotary.default": _rotary,

@@ -9,8 +9,7 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from hikui.backends.tvm.convert import CONVERTERS, attention_arguments
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import Format
-from hikui.lowering.program import SITE, Program
+from hikui.lowering.program import Program
 
 _UNSUPPORTED = "Unsupported function types "
 
@@ -24,15 +23,6 @@ def _written_cache(value: fx.Node) -> fx.Node | None:
         return None
     cache = {1: source.args[3], 2: source.args[4]}.get(at) if isinstance(at, int) else None
     return cache if isinstance(cache, fx.Node) else None
-
-
-def _check_linear(node: fx.Node) -> None:
-    name = str(node.args[4])
-    if Format.parse(name).is_integer:
-        raise HikuiError(
-            f"Site '{node.meta.get(SITE, node.name)}' multiplies {name} weights by float activations, for which there "
-            "is no kernel; run the pass 'activation' before building."
-        )
 
 
 def _check_caches(node: fx.Node) -> None:
@@ -52,7 +42,6 @@ def _check_attention(node: fx.Node) -> None:
 
 
 _CHECKS = {
-    torch.ops.hikui.linear.default: _check_linear,
     torch.ops.hikui.attention.default: _check_caches,
     torch.ops.hikui.cache_update.default: _check_caches,
     torch.ops.aten.scaled_dot_product_attention.default: _check_attention,

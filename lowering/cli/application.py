@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hikui import __version__
-from hikui.lowering.cli import building, graphs, machine, running
+from hikui.lowering.cli import benching, building, graphs, machine, running
 
 
 def application() -> typer.Typer:
@@ -21,7 +21,7 @@ def application() -> typer.Typer:
     app.callback()(_root)
     for command in (
         building.lower, running.run, running.evaluate, running.verify, running.inspect,
-        graphs.opt, graphs.explain, graphs.passes, machine.targets, machine.doctor,
+        graphs.opt, graphs.explain, graphs.passes, machine.targets, machine.doctor, benching.bench,
     ):  # fmt: skip
         app.command("eval" if command is running.evaluate else command.__name__)(command)
     return app

@@ -1,4 +1,4 @@
-"""A model of two blocks that uses every op of the dialect: the first block fused, the second not."""
+"""A model of two blocks that uses every op and format of the dialect: the first block fused, the second not."""
 
 import torch
 import torch.nn.functional as F
@@ -8,29 +8,30 @@ import hikui.lowering.dialect  # noqa: F401
 from hikui.lowering.formats import Format, pack
 from hikui.lowering.program import WEIGHT, CacheShape, ModelConfig, Program
 from hikui.lowering.store import WeightStore
+from hikui.passes.rounding import round_matrix
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, SIZE, FFN, CONTEXT, RANK = 61, 48, 4, 2, 12, 72, 32, 5
 EOS = 57
-SITES = {
-    "q": (HEADS * SIZE, WIDTH, "int4-g32"),
-    "k": (KV_HEADS * SIZE, WIDTH, "int4-channel"),
-    "v": (KV_HEADS * SIZE, WIDTH, "int8-g64"),
-    "o": (WIDTH, HEADS * SIZE, "int8-channel"),
-    "gate": (FFN, WIDTH, "int4-g64"),
-    "up": (FFN, WIDTH, "int8-g32"),
-    "down": (WIDTH, FFN, "int4-g32"),
-    "down8": (WIDTH, FFN, "int8-g128"),
+SHAPES = {
+    "q": (HEADS * SIZE, WIDTH),
+    "k": (KV_HEADS * SIZE, WIDTH),
+    "v": (KV_HEADS * SIZE, WIDTH),
+    "o": (WIDTH, HEADS * SIZE),
+    "gate": (FFN, WIDTH),
+    "up": (FFN, WIDTH),
+    "down": (WIDTH, FFN),
 }
+_NAMES = (
+    ("int4-g32", "int4-channel", "int8-g64", "int8-channel", "int4-g64", "int8-g32", "int4-g32"),
+    ("sign-g32", "int2-channel", "int3-g64", "ternary-g32", "nf4-g64", "fp4-g32", "mixed-g32-c32"),
+)
+FORMATS = tuple(dict(zip(SHAPES, names, strict=True)) for names in _NAMES)
+LOW = "int3-g32"
 
 
 def quantised(text: str, weight: Tensor) -> tuple[Tensor, Tensor]:
     fmt = Format.parse(text)
-    n, k = weight.shape
-    group, (_, high) = fmt.group_size(k), fmt.levels
-    grouped = F.pad(weight, (0, fmt.padded_k(k) - k)).view(n, -1, group)
-    scale = (grouped.abs().amax(-1) / high).clamp(min=1e-6).half().float()
-    codes = (grouped / scale[..., None]).round().clamp(*fmt.levels).view(n, -1)[:, :k]
-    packed = pack(fmt, codes.to(torch.int8), scale)
+    packed = pack(fmt, *round_matrix(weight, fmt))
     assert packed.scale is not None
     return packed.weight, packed.scale
 
@@ -43,14 +44,17 @@ def weights(seed: int) -> dict[str, Tensor]:
 
     tensors = {"embedding": random(VOCABULARY, WIDTH) * 4, "frequencies": 10000 ** (-torch.arange(0, SIZE, 2) / SIZE)}
     for block in range(2):
-        for site, (n, k, fmt) in SITES.items():
+        for site, shape in SHAPES.items():
             name = f"{block}.{site}"
-            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = quantised(fmt, random(n, k))
+            tensors[f"{name}.weight"], tensors[f"{name}.scale"] = quantised(FORMATS[block][site], random(*shape))
         tensors[f"{block}.q.bias"] = random(HEADS * SIZE)
         tensors[f"{block}.a"] = pack(Format("float16"), random(RANK, FFN)).weight
         tensors[f"{block}.b"] = pack(Format("float16"), random(WIDTH, RANK)).weight
         tensors[f"{block}.norm1"], tensors[f"{block}.norm2"] = 1 + random(WIDTH), 1 + random(WIDTH)
     tensors["norm"], tensors["plain"], tensors["plain.bias"] = 1 + random(WIDTH), random(WIDTH, WIDTH), random(WIDTH)
+    tensors["order"] = torch.randperm(FFN, generator=generator).to(torch.int32)
+    tensors["step"] = torch.tensor([0.02])
+    tensors["low"], tensors["low.scale"] = quantised(LOW, random(WIDTH, WIDTH))
     tensors["middle"] = pack(Format("float32"), random(WIDTH, WIDTH)).weight
     tensors["head"] = pack(Format("float16"), random(VOCABULARY, WIDTH)).weight
     return tensors
@@ -74,42 +78,49 @@ class _Model(nn.Module):
         ops = torch.ops.hikui
         x = ops.rms_norm(F.linear(x, t["plain"], t["plain.bias"]), t["norm"], 1e-5)
         x = ops.linear(x, t["middle"], None, t["plain.bias"], "float32", WIDTH)
+        x = ops.linear(x, t["low"], t["low.scale"], t["plain.bias"], LOW, WIDTH)
         return (ops.linear(x, t["head"], None, None, "float16", VOCABULARY), *written)
 
     @staticmethod
-    def site(t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None) -> Tensor:
-        n, _, fmt = SITES[name]
-        return torch.ops.hikui.linear_a8(*q, t[f"{name}.weight"], t[f"{name}.scale"], bias, fmt, n)
+    def site(
+        block: int, t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None
+    ) -> Tensor:
+        weight, scale = t[f"{name}.weight"], t[f"{name}.scale"]
+        return torch.ops.hikui.linear_a8(*q, weight, scale, bias, FORMATS[block][name], SHAPES[name][0])
 
-    def heads(self, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor) -> list[Tensor]:
+    def heads(
+        self, block: int, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor
+    ) -> list[Tensor]:
         query, key, value = (
-            self.site(t, name, q, t["q.bias"] if name == "q" else None).view(1, cos.shape[1], -1, SIZE).transpose(1, 2)
+            self.site(block, t, name, q, t["q.bias"] if name == "q" else None)
+            .view(1, cos.shape[1], -1, SIZE)
+            .transpose(1, 2)
             for name in ("q", "k", "v")
         )
         rotary = torch.ops.hikui.rotary
         return [rotary(query.contiguous(), cos, sin), rotary(key.contiguous(), cos, sin), value.contiguous()]
 
-    def branch(self, t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
-        n, _, fmt = SITES[name]
-        weight, scale = t[f"{name}.weight"], t[f"{name}.scale"]
-        return torch.ops.hikui.linear_a8_branch(*q, weight, scale, None, x, t["a"], t["b"], fmt, n)
+    @staticmethod
+    def branch(block: int, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
+        operands = (t["down.weight"], t["down.scale"], None, x, t["a"], t["b"])
+        return torch.ops.hikui.linear_a8_branch(*q, *operands, FORMATS[block]["down"], WIDTH)
 
     def fused(
         self, t: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ops = torch.ops.hikui
-        q, k, v = self.heads(t, ops.rms_norm_quantize(x, t["norm1"], 1e-5)[1:], cos, sin)
+        q, k, v = self.heads(0, t, ops.rms_norm_quantize(x, t["norm1"], 1e-5)[1:], cos, sin)
         out, keys, values = ops.attention(q, k, v, keys, values, past, SIZE**-0.5)
-        x = x + self.site(t, "o", ops.quantize_activation(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE)))
+        x = x + self.site(0, t, "o", ops.quantize_activation(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE)))
         quantised = ops.rms_norm_quantize(x, t["norm2"], 1e-5)[1:]
-        z, *q = ops.swiglu_quantize(self.site(t, "gate", quantised), self.site(t, "up", quantised))
-        return x + self.branch(t, "down", q, z), keys, values
+        z, *q = ops.swiglu_quantize(self.site(0, t, "gate", quantised), self.site(0, t, "up", quantised))
+        return x + self.branch(0, t, q, z), keys, values
 
     def unfused(
         self, t: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         ops = torch.ops.hikui
-        q, k, v = self.heads(t, ops.quantize_activation(ops.rms_norm(x, t["norm1"], 1e-5)), cos, sin)
+        q, k, v = self.heads(1, t, ops.quantize_activation(ops.rms_norm(x, t["norm1"], 1e-5)), cos, sin)
         keys, values = ops.cache_update(keys, k, past), ops.cache_update(values, v, past)
         mask = ops.causal_mask(past, cos.shape[1], CONTEXT)
 
@@ -118,10 +129,13 @@ class _Model(nn.Module):
             return cache[:, :, None].expand(1, KV_HEADS, repeat, CONTEXT, SIZE).reshape(1, HEADS, CONTEXT, SIZE)
 
         out = F.scaled_dot_product_attention(q, shared(keys), shared(values), attn_mask=mask, scale=0.3)
-        x = x + self.site(t, "o", ops.quantize_activation(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE)))
-        quantised = ops.quantize_activation(ops.rms_norm(x, t["norm2"], 1e-5))
-        z = ops.swiglu(self.site(t, "gate", quantised), self.site(t, "up", quantised))
-        return x + self.branch(t, "down8", ops.quantize_activation(z), z), keys, values
+        x = x + self.site(
+            1, t, "o", ops.quantize_activation_static(out.transpose(1, 2).reshape(1, -1, HEADS * SIZE), t["step"])
+        )
+        quantised = ops.quantize_activation_int4(ops.rms_norm(x, t["norm2"], 1e-5))
+        z = ops.swiglu(self.site(1, t, "gate", quantised), self.site(1, t, "up", quantised))
+        z = torch.index_select(z, -1, t["order"])
+        return x + self.branch(1, t, ops.quantize_activation(z), z), keys, values
 
 
 def program(seed: int = 0) -> Program:

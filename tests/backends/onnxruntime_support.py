@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime  # type: ignore[import-untyped]
+import torch
 from torch import nn
 
 from hikui.backends.onnxruntime import OnnxRuntimeBackend, library
 from hikui.lowering.driver import available_passes
 from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.passes_base import PassContext, no_progress
+from hikui.lowering.passes_base import Calibration, PassContext, no_progress
 from hikui.lowering.pipeline import Pipeline, parse_pipeline
 from hikui.lowering.program import Program
 from hikui.lowering.target import Target, resolve
@@ -27,6 +28,12 @@ HALF = "canonicalise,pack{format=float16},fuse,dead_code"
 QUANTISED = "canonicalise,rtn{bits=4,group=32},activation{bits=8},pack{format=float16},fuse,dead_code"
 BYTES = "canonicalise,rtn{bits=8,group=64},activation{bits=8},pack{format=float16},fuse,dead_code"
 FLOAT_ACTIVATIONS = "canonicalise,rtn{bits=4,group=32},dead_code"
+SIGNS = "canonicalise,rtn{bits=1,group=32},activation{bits=4},pack{format=float16},fuse,dead_code"
+CODEBOOK = "canonicalise,rtn{format=nf4-g64},activation{bits=8},pack{format=float16},fuse,dead_code"
+MIXED = (
+    "canonicalise,calibrate,mixed{group=32},rtn,sub_branch{rank=2},activation{static=true},pack{format=float16},fuse,"
+    "dead_code"
+)
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +50,10 @@ def lowered(family: str, pipeline: str) -> Program:
     program = traced(family)
     if not pipeline:
         return program
-    return Pipeline(parse_pipeline(pipeline, available_passes().values()), ()).run(program, PassContext())
+    generator = torch.Generator().manual_seed(5)
+    chunks = tuple(torch.randint(0, TINY_VOCABULARY, (1, 11), generator=generator) for _ in range(3))
+    passes = parse_pipeline(pipeline, available_passes().values())
+    return Pipeline(passes, ()).run(program, PassContext(Calibration(chunks)))
 
 
 def build(program: Program, directory: Path, target: Target | None = None) -> Path:

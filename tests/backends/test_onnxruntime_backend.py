@@ -29,7 +29,7 @@ from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT
 
 from . import onnxruntime_support as support
-from .onnxruntime_support import BYTES, FLOAT, FLOAT_ACTIVATIONS, HALF, QUANTISED
+from .onnxruntime_support import BYTES, CODEBOOK, FLOAT, FLOAT_ACTIVATIONS, HALF, MIXED, QUANTISED, SIGNS
 
 LENGTHS = (7, 4, *[1] * 6, 9)
 
@@ -38,11 +38,14 @@ MODELS = [
     ("gpt2", QUANTISED),
     ("llama", ""),
     ("llama", BYTES),
+    ("llama", CODEBOOK),
     ("llama", FLOAT),
     ("llama", FLOAT_ACTIVATIONS),
+    ("llama", MIXED),
     ("opt", ""),
     ("qwen2", HALF),
     ("qwen2", QUANTISED),
+    ("qwen2", SIGNS),
 ]
 
 

@@ -78,16 +78,19 @@ def _random() -> torch.Generator:
 def weights(fmt: Format, n: int, k: int, random: torch.Generator) -> Packed:
     if not fmt.is_integer:
         return pack(fmt, torch.randn(n, k, generator=random))
-    low, high = fmt.levels
-    codes = torch.randint(low, high + 1, (n, k), generator=random)
-    return pack(fmt, codes, torch.rand(n, fmt.groups(k), generator=random) + 0.1)
+    codes = []
+    for part in fmt.segments(k):
+        levels = torch.tensor(part.format.levels)
+        codes.append(levels[torch.randint(0, len(levels), (n, part.stop - part.start), generator=random)])
+    return pack(fmt, torch.cat(codes, 1), torch.rand(n, fmt.groups(k), generator=random) + 0.1)
 
 
+OTHERS = ["sign-g32", "int2-g64", "ternary-channel", "int3-g32", "nf4-g64", "fp4-channel", "mixed-g32-c32"]
 SHAPES = [(1, 1, 16, 32), (1, 7, 37, 100), (1, 5, 50, 172), (2, 3, 33, 260)]
 
 
 @pytest.mark.parametrize(("batch", "tokens", "n", "k"), SHAPES)
-@pytest.mark.parametrize("kind", ["int4-g32", "int4-channel", "int8-g64"])
+@pytest.mark.parametrize("kind", ["int4-g32", "int4-channel", "int8-g64", *OTHERS])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 def test_linear_a8(kind: str, bias: bool, batch: int, tokens: int, n: int, k: int, random: torch.Generator) -> None:
     fmt = Format.parse(kind)
@@ -97,7 +100,7 @@ def test_linear_a8(kind: str, bias: bool, batch: int, tokens: int, n: int, k: in
     added = torch.randn(n, generator=random) if bias else None
     constants = {"weight": packed.weight, "scale": packed.scale} | ({"bias": added} if added is not None else {})
     model, feed = single(
-        "LinearA8Int4" if fmt.kind == "int4" else "LinearA8Int8",
+        schemas.product("LinearA8", fmt.kind),
         {"q": q, "q_scale": scale, "q_sums": sums, "weight": packed.weight, "scale": packed.scale, "bias": added},
         constants,
         out_features=n,
@@ -105,7 +108,7 @@ def test_linear_a8(kind: str, bias: bool, batch: int, tokens: int, n: int, k: in
     close(run(model, feed)[0], ops.linear_a8(q, scale, sums, packed.weight, packed.scale, added, kind, n))
 
 
-@pytest.mark.parametrize("kind", ["int4-g64", "int8-g32"])
+@pytest.mark.parametrize("kind", ["int4-g64", "int8-g32", *OTHERS])
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_linear_a8_branch(kind: str, tokens: int, random: torch.Generator) -> None:
     n, k, rank, fmt = 45, 130, 5, Format.parse(kind)
@@ -119,10 +122,25 @@ def test_linear_a8_branch(kind: str, tokens: int, random: torch.Generator) -> No
         "x": x, "a": a, "b": b,
     }  # fmt: skip
     constants = {"weight": packed.weight, "scale": packed.scale, "a": a, "b": b}
-    name = "LinearA8BranchInt4" if fmt.kind == "int4" else "LinearA8BranchInt8"
-    model, feed = single(name, inputs, constants, out_features=n)
+    model, feed = single(schemas.product("LinearA8Branch", fmt.kind), inputs, constants, out_features=n)
     wanted = ops.linear_a8_branch(q, scale, sums, packed.weight, packed.scale, None, x, a, b, kind, n)
     close(run(model, feed)[0], wanted)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "n", "k"), SHAPES)
+@pytest.mark.parametrize("kind", ["int4-g32", "int8-channel", *OTHERS])
+def test_weight_only(kind: str, batch: int, tokens: int, n: int, k: int, random: torch.Generator) -> None:
+    fmt, bias = Format.parse(kind), torch.randn(n, generator=random)
+    packed = weights(fmt, n, k, random)
+    assert packed.scale is not None
+    x = torch.randn(batch, tokens, k, generator=random)
+    model, feed = single(
+        schemas.product("Linear", fmt.kind),
+        {"x": x, "weight": packed.weight, "scale": packed.scale, "bias": bias},
+        {"weight": packed.weight, "scale": packed.scale, "bias": bias},
+        out_features=n,
+    )
+    close(run(model, feed)[0], ops.linear(x, packed.weight, packed.scale, bias, kind, n))
 
 
 @pytest.mark.parametrize(("batch", "tokens", "n", "k"), SHAPES)
@@ -145,6 +163,12 @@ def test_quantisers(tokens: int, k: int, random: torch.Generator) -> None:
     x[0, 1:2] = 0
     model, feed = single("QuantizeActivation", {"x": x}, {}, outputs=3)
     quantised_equal(run(model, feed), formats.quantize_activation(x))
+
+    model, feed = single("QuantizeActivationInt4", {"x": x}, {}, outputs=3)
+    quantised_equal(run(model, feed), formats.quantize_activation(x, bits=4))
+    step = torch.tensor([0.01])
+    model, feed = single("QuantizeActivationStatic", {"x": x, "step": step}, {"step": step}, outputs=3)
+    quantised_equal(run(model, feed), formats.quantize_activation_static(x, step))
 
     model, feed = single("SwiGluQuantize", {"gate": x, "up": up}, {}, outputs=4)
     found = run(model, feed)

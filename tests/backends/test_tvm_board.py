@@ -16,7 +16,7 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.generate import generate
 from hikui.lowering.interpreter import ReferenceRunner
 from hikui.lowering.passes_base import no_progress
-from hikui.lowering.target import resolve
+from hikui.lowering.target import TARGETS, resolve
 from tests.backends import every_op
 
 HOST = Board("x86_64-linux-gnu", threads=1)
@@ -60,6 +60,15 @@ def test_the_boards_runner_writes_the_tokens_of_pythons(tvm_host: Path) -> None:
     rows = [runner.forward(np.array(PROMPT), 0)[-1]]
     rows += [runner.forward(np.array([token]), len(PROMPT) + at)[0] for at, token in enumerate(run.tokens)]
     np.testing.assert_array_equal(run.logits, np.array(rows[: len(run.logits)]))
+
+
+def test_it_says_which_kernels_run(tvm_host: Path, tvm_board: Path) -> None:
+    said = hikui_run(tvm_host, "--tokens", 1, "--verbose").stderr
+    assert f"kernels for {TARGETS[read_index(tvm_host).target].isas[-1]}\n" in said
+    assert "fallback" not in said
+    board = Board("aarch64-linux-gnu", "cortex-a72")
+    command = [*board.command(tvm_board), "--tokens", "1", "--verbose"]
+    assert "kernels for neon\n" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
 def test_chunks_of_a_prompt_change_nothing(tvm_host: Path, tmp_path: Path) -> None:

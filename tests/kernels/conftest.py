@@ -12,8 +12,10 @@ import pytest
 from hikui.backends.kernels.replay import Machine, Recorded, Result, link_program
 from hikui.lowering.target import cpu_features
 
-ARM_CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76"}
-X86_FEATURES = {"avx2": {"avx2", "fma"}, "avx512vnni": {"avx512bw", "avx512_vnni"}}
+from .sanitised import sanitised_program
+
+ARM_CPUS = {"neon": "cortex-a72", "dotprod": "cortex-a76", "i8mm": "max"}
+X86_FEATURES = {"portable": set[str](), "avx2": {"avx2", "fma"}, "avx512vnni": {"avx512bw", "avx512_vnni"}}
 TRIPLES = {"x86_64-linux-gnu": tuple(X86_FEATURES), "aarch64-linux-gnu": tuple(ARM_CPUS)}
 
 
@@ -60,9 +62,21 @@ def arm(program: Callable[[str], Path]) -> Callable[[str], Machine]:
     return make
 
 
-@pytest.fixture(scope="session", params=[*X86_FEATURES, *ARM_CPUS])
-def runner(request: pytest.FixtureRequest, program: Callable[[str], Path], arm: Callable[[str], Machine]) -> Runner:
+@pytest.fixture(scope="session")
+def sanitised(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """The portable kernels and the dispatcher, compiled to stop at any error of memory or arithmetic that C forbids."""
+    return Machine(sanitised_program(tmp_path_factory.mktemp("sanitised")))
+
+
+@pytest.fixture(scope="session", params=[*X86_FEATURES, *ARM_CPUS, "sanitised"])
+def runner(
+    request: pytest.FixtureRequest,
+    program: Callable[[str], Path],
+    arm: Callable[[str], Machine],
+) -> Runner:
     isa = request.param
+    if isa == "sanitised":
+        return Runner("portable", request.getfixturevalue("sanitised"))
     if isa in ARM_CPUS:
         return Runner(isa, arm(ARM_CPUS[isa]))
     if platform.machine() != "x86_64" or not X86_FEATURES[isa] <= cpu_features():

@@ -14,7 +14,7 @@ from hikui.backends.kernels import SYMBOLS, build
 from hikui.backends.kernels.replay import Machine
 from hikui.backends.kernels.standalone import Library, link
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import Format, pack, quantize_activation
+from hikui.lowering.formats import KINDS, Format, pack, quantize_activation
 
 from .conftest import TRIPLES
 
@@ -55,9 +55,10 @@ def linear_arguments(m: int = 2, n: int = 40, k: int = 172) -> dict[str, Tensor]
         ("q", torch.zeros(256, 2, dtype=torch.int8).T, "q must be contiguous"),
         ("q_scale", torch.ones(3), "q_scale has 3 elements where 2"),
         ("weight", torch.zeros(2, 24, 16, 4, dtype=torch.uint8), "weight must be packed as [3, *, 16, 4]"),
-        ("weight", torch.zeros(3, 64, 16, 4, dtype=torch.uint8), "512 weight columns in 3 groups do not fit"),
-        ("scale", torch.zeros(3, 5, 16, dtype=torch.float16), "192 weight columns in 5 groups do not fit"),
+        ("weight", torch.zeros(3, 64, 16, 4, dtype=torch.uint8), "64 weight lines in 3 groups do not fit"),
+        ("scale", torch.zeros(3, 5, 16, dtype=torch.float16), "24 weight lines in 5 groups do not fit"),
         ("scale", torch.zeros(3, 3, 16), "scale must be float16"),
+        ("q", torch.zeros(513, dtype=torch.int8)[1:].view(2, 256), "q must lie at a multiple of 4 bytes"),
         ("bias", torch.zeros(39), "bias has 39 elements where 40 or 0"),
         ("y", torch.zeros(3, 40), "y is 3 rows of 40 where 2 of 40"),
         ("y", torch.zeros(2, 50), "weight must be packed as [4, *, 16, 4]"),
@@ -73,6 +74,27 @@ def test_wrong_arguments_are_refused(library: Library, name: str, wrong: Tensor,
     assert sentence in text
     assert text.startswith("hikui_linear_a8_int4")
     assert text.endswith(".")
+
+
+def test_mixed_takes_its_int4_columns_from_the_shapes(library: Library) -> None:
+    fmt = Format("mixed", 64, 128)
+    packed = pack(fmt, torch.ones(40, 256, dtype=torch.int8), torch.ones(40, 4))
+    assert packed.scale is not None
+    operands = (*quantize_activation(torch.ones(2, 256)),)
+    none, y = torch.empty(0), torch.empty(2, 40)
+    library("hikui_linear_a8_mixed", *operands, packed.weight, packed.scale, none, y)
+    assert torch.equal(y.round(), torch.full((2, 40), 256.0))
+    with pytest.raises(HikuiError, match="19 weight lines in 4 groups do not fit activations of 256 columns"):
+        library("hikui_linear_a8_mixed", *operands, packed.weight[:, :19].contiguous(), packed.scale, none, y)
+    with pytest.raises(HikuiError, match=r"hikui_linear_int4: x has 256 columns, more than the 192 of the weight\."):
+        arguments = linear_arguments()
+        library("hikui_linear_int4", torch.ones(2, 256), arguments["weight"], arguments["scale"], none, y)
+
+
+def test_every_format_has_a_kernel_by_name(library: Library) -> None:
+    served = library.describe()
+    assert set(served) == {(kind, size) for kind in (*KINDS, "mixed") for size in ("single", "few", "many")}
+    assert "generic" not in served.values()
 
 
 def test_wrong_calls_are_refused(library: Library) -> None:
@@ -152,7 +174,7 @@ def test_builds_are_alike_and_need_only_libc(
     symbols = [line.split()[:2] for line in names.splitlines() if len(line.split()) > 1]
     defined = {name for name, kind in symbols if kind not in "Uw"}
     needed = {name for name, kind in symbols if kind == "U"} - defined
-    libc = {"free", "getauxval", "getenv", "malloc", "memcpy", "memset", "strcmp", "vsnprintf", "__tls_get_addr"}
+    libc = {"aligned_alloc", "free", "getauxval", "getenv", "memcpy", "memset", "strcmp", "vsnprintf", "__tls_get_addr"}
     assert needed <= libc | {"_GLOBAL_OFFSET_TABLE_"}
     assert {f"__tvm_ffi_{symbol}" for symbol in SYMBOLS} <= defined
 

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from hikui.backends.kernels.replay import Recorded, Result
-from hikui.lowering.formats import Format, activation_k, pack, quantize_activation, unpack
+from hikui.lowering.formats import KINDS, Format, activation_k, pack, quantize_activation, unpack
 
 from .conftest import Runner, assert_done
 
 choose = random.Random(7)
-FORMATS = [f"{kind}-{group}" for kind in ("int4", "int8") for group in ("g32", "g64", "g128", "channel")]
+FORMATS = [f"{kind}-{group}" for kind in KINDS for group in ("g32", "g64", "g128", "channel")]
+MIXED = [f"mixed-g{group}-c{columns}" for group, columns in ((32, 32), (64, 128), (128, 128), (128, 384))]
 
 # M, N, K: remainders of the row tiles, of 16 output rows, of the streams, of 32 and 128 input columns.
 SHAPES = [(1, 1, 7), (1, 16, 32), (1, 33, 172), (1, 129, 300), (1, 200, 512), (2, 17, 172), (3, 48, 128)]
@@ -27,10 +28,16 @@ def poisoned(m: int, n: int) -> Tensor:
 
 def matrix(generator: torch.Generator, fmt: Format, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Codes over the whole range of the format, its ends among them, and scales."""
-    low, high = fmt.levels
-    codes = torch.randint(low, high + 1, (n, k), generator=generator, dtype=torch.int8)
-    codes[0, :] = high
-    codes[-1, : k // 2] = low
+    codes = torch.empty(n, k, dtype=torch.int8)
+    for segment in fmt.segments(fmt.padded_k(k)):
+        levels = torch.tensor(segment.format.levels, dtype=torch.int8)
+        width = min(segment.stop, k) - segment.start
+        if width <= 0:
+            continue
+        part = levels[torch.randint(0, len(levels), (n, width), generator=generator)]
+        part[0, :] = levels[-1]
+        part[-1, : width // 2] = levels[0]
+        codes[:, segment.start : segment.start + width] = part
     return codes, torch.rand(n, fmt.groups(k), generator=generator) * 0.01 + 0.001
 
 
@@ -50,18 +57,34 @@ def assert_near(y: Tensor, reference: Tensor) -> None:
     assert ((y - value).abs() <= 4e-7 * magnitude).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def fits(fmt: Format, k: int) -> bool:
+    return not fmt.is_mixed or (fmt.columns is not None and fmt.columns <= fmt.padded_k(k))
+
+
+def activations(generator: torch.Generator, m: int, k: int) -> Tensor:
+    """Codes with the ends of their range, rows all alike, and rows of zeros with one outlier."""
+    q = torch.zeros(m, activation_k(k), dtype=torch.int8)
+    q[:, :k] = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+    q[0, :k] = 127
+    q[-1, : k // 2] = -127
+    if m > 2:
+        q[1, :k] = -127
+        q[2, :k] = 0
+        q[2, k // 3] = 127
+    return q
+
+
+@pytest.mark.parametrize("name", FORMATS + MIXED)
 def test_integer_products_are_exact(runner: Runner, name: str) -> None:
     """With scales that are powers of two every partial sum is exact in float32, so nothing may differ."""
     fmt = Format.parse(name)
     generator = torch.Generator().manual_seed(1)
     calls, references = [], []
     for m, n, k in SHAPES + MORE_SHAPES:
+        if not fits(fmt, k):
+            continue
         codes, _ = matrix(generator, fmt, n, k)
-        q = torch.zeros(m, activation_k(k), dtype=torch.int8)
-        q[:, :k] = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
-        q[0, :k] = 127
-        q[-1, : k // 2] = -127
+        q = activations(generator, m, k)
         sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
         packed = pack(fmt, codes, torch.full((n, fmt.groups(k)), 0.5))
         assert packed.scale is not None
@@ -75,13 +98,37 @@ def test_integer_products_are_exact(runner: Runner, name: str) -> None:
         assert torch.equal(y.double(), reference.double())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FORMATS + MIXED)
+def test_float_activations(runner: Runner, name: str) -> None:
+    fmt = Format.parse(name)
+    generator = torch.Generator().manual_seed(5)
+    calls, references = [], []
+    for i, (m, n, k) in enumerate(SHAPES):
+        if not fits(fmt, k):
+            continue
+        codes, scale = matrix(generator, fmt, n, k)
+        packed = pack(fmt, codes, scale)
+        assert packed.scale is not None
+        x = torch.randn(m, k, generator=generator)
+        bias = torch.empty(0) if i % 2 else torch.randn(n, generator=generator)
+        reference = terms(x, unpack(fmt, packed.weight, packed.scale, n, k))
+        references.append(reference + terms(torch.ones(m, 1), bias.unsqueeze(1)) if bias.numel() else reference)
+        arguments = (x, packed.weight, packed.scale, bias, poisoned(m, n))
+        calls.append(Recorded(f"hikui_linear_{fmt.kind}", arguments))
+    for result, reference in zip(runner.run(calls), references, strict=True):
+        assert_clean(result, result.tensors[-1])
+        assert_near(result.tensors[-1], reference)
+
+
+@pytest.mark.parametrize("name", [f"{kind}-g64" for kind in KINDS] + ["int4-channel", "int8-g32", "mixed-g64-c128"])
 @pytest.mark.parametrize("rank", [0, 1, 16, 21])
 def test_scales_bias_and_branch(runner: Runner, name: str, rank: int) -> None:
     fmt, half = Format.parse(name), Format("float16")
     generator = torch.Generator().manual_seed(2)
     calls, references = [], []
     for i, (m, n, k) in enumerate(SHAPES):
+        if not fits(fmt, k):
+            continue
         codes, scale = matrix(generator, fmt, n, k)
         packed = pack(fmt, codes, scale)
         assert packed.scale is not None
@@ -124,7 +171,7 @@ def test_float_weights(runner: Runner, kind: str) -> None:
         assert_near(result.tensors[-1], reference)
 
 
-@pytest.mark.parametrize("m", [1, 6])
+@pytest.mark.parametrize("m", [1, 6, 19])
 def test_threads_and_alignment_change_no_bit(runner: Runner, m: int) -> None:
     """Large enough to be cut into tasks; leading dimensions are rows; misaligned tensors are read all the same."""
     generator = torch.Generator().manual_seed(4)
@@ -133,8 +180,8 @@ def test_threads_and_alignment_change_no_bit(runner: Runner, m: int) -> None:
     branch = [pack(half, torch.randn(*shape, generator=generator)).weight for shape in ((rank, k), (n, rank))]
     poison = torch.full((1, m, n), torch.nan)
     calls = []
-    for kind in ("int4", "int8"):
-        fmt = Format(kind, 64)
+    for fmt in (*(Format(kind, 64) for kind in KINDS), Format("mixed", 64, 192)):
+        kind = fmt.kind
         codes, scale = matrix(generator, fmt, n, k)
         packed = pack(fmt, codes, scale)
         assert packed.scale is not None
@@ -142,13 +189,14 @@ def test_threads_and_alignment_change_no_bit(runner: Runner, m: int) -> None:
         common = (*quantize_activation(x), packed.weight, packed.scale, torch.randn(n, generator=generator))
         calls.append(Recorded(f"hikui_linear_a8_{kind}", (*common, poison)))
         calls.append(Recorded(f"hikui_linear_a8_branch_{kind}", (*common, x, *branch, poison)))
+        calls.append(Recorded(f"hikui_linear_{kind}", (x, *common[3:], poison)))
         weight = pack(Format("float32"), torch.randn(n, k, generator=generator)).weight
         calls.append(Recorded("hikui_linear_float32", (x, weight, torch.empty(0), poison)))
     expected = runner.run(calls)
     for result in expected:
         assert_clean(result, result.tensors[-1])
     shifted = [Recorded(call.symbol, call.arguments, misalignment=4) for call in calls]
-    for other in (runner.run(calls, threads=2), runner.run(calls, threads=3), runner.run(shifted)):
+    for other in (*(runner.run(calls, threads=threads) for threads in (2, 3, 4)), runner.run(shifted)):
         for result, reference in zip(other, expected, strict=True):
             assert_clean(result, result.tensors[-1])
             assert torch.equal(result.tensors[-1], reference.tensors[-1])

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hikui.backends.kernels.replay import Recorded
-from hikui.lowering.formats import activation_k, quantize_activation
+from hikui.lowering.formats import activation_k, quantize_activation, quantize_activation_static
 
 from .conftest import Runner, assert_done
 
@@ -42,6 +42,40 @@ def test_quantize_activation(runner: Runner) -> None:
         for result, x in zip(runner.run(calls, threads), inputs, strict=True):
             assert_done(result)
             assert_quantized(result.tensors[1:], x)
+
+
+def adversarial(k: int) -> Tensor:
+    """All alike, ±max, zeros, one outlier, denormals, and magnitudes whose inverse is not finite."""
+    x = torch.ones(7, k)
+    x[1] = torch.where(torch.arange(k) % 2 == 0, 3.0e38, -3.0e38)
+    x[2] = 0
+    x[3] = 1e-3
+    x[3, k // 2] = 1e4
+    x[4] = 1e-42
+    x[5] = torch.linspace(-1e-37, 1e-37, k)
+    x[6] = torch.linspace(-1e-30, 1e-30, k)
+    return x
+
+
+def test_quantisers_of_activations(runner: Runner) -> None:
+    generator = torch.Generator().manual_seed(4)
+    inputs = [torch.randn(m, k, generator=generator) for m, k in SHAPES] + [adversarial(200), adversarial(32)]
+    step = torch.tensor([0.0123])
+    symbols = ("hikui_quantize_activation", "hikui_quantize_activation_int4", "hikui_quantize_activation_static")
+    calls = [
+        Recorded(symbol, (x, *((step,) if "static" in symbol else ()), *outputs(*x.shape)))
+        for x in inputs
+        for symbol in symbols
+    ]
+    calls.append(Recorded(symbols[2], (inputs[0], torch.zeros(1), *outputs(*inputs[0].shape))))
+    results = runner.run(calls)
+    for i, x in enumerate(inputs):
+        references = (quantize_activation(x), quantize_activation(x, 4), quantize_activation_static(x, step))
+        for result, reference in zip(results[3 * i : 3 * i + 3], references, strict=True):
+            assert_done(result)
+            for given, wanted in zip(result.tensors[-3:], reference, strict=True):
+                assert torch.equal(given, wanted)
+    assert not results[-1].tensors[2].any()
 
 
 def test_rms_norm(runner: Runner) -> None:

@@ -1,9 +1,14 @@
 """NEON of ARMv8.0, no dot product: products of bytes summed in 16 bits, then widened pair by pair."""
 
+from collections.abc import Callable, Sequence
+
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.isa.base import LINES, Buffer, Expression, Isa, Tile, intrinsic, nibbles, splat, vector
+from hikui.backends.kernels.fields import LINES
+from hikui.backends.kernels.isa import lookup
+from hikui.backends.kernels.isa.base import SIZES, Expression, Isa, Place, Scheme, Tile, intrinsic, line_bytes, splat
+from hikui.backends.kernels.isa.neon_fields import Operands, described, operands_of
 
 
 def _products(codes: Expression, quad: Expression, half: int) -> Expression:
@@ -24,41 +29,51 @@ def _widened(pairs: Expression) -> Expression:
     return intrinsic("int32x4", "llvm.aarch64.neon.saddlp", pairs)
 
 
-def _dot(
-    kind: str, total: Expression, weight: Buffer, line: Expression, part: Expression, quads: Buffer, first: Expression
-) -> Expression:
-    lines = [vector(weight, (line + i) * 64 + part * 16, 16) for i in range(LINES[kind])]
-    if kind == "int4":
-        # 8 products of at most 15 · 127, and then the sum of two such sums, stay within int16: 16 · 1905 = 30480.
-        operands = [nibble for line_ in lines for nibble in nibbles(line_, 16)]
-        halves = []
-        for half in range(2):
-            sums = _products(operands[0], quads[first], half)
-            for i, codes in enumerate(operands[1:], start=1):
-                sums = sums + _products(codes, quads[first + i], half)
-            halves.append(sums)
-        return total + _widened(intrinsic("int16x8", "llvm.aarch64.neon.addp", *halves))
-    # Two products of at most 127 · 127 fit 16 bits, four do not: widen every two lines.
+def _narrow(totals: Sequence[Expression], operands: Operands, quad: Callable[[int], Expression]) -> list[Expression]:
+    """For values up to 16: a step's products, and then the sums of two of these, stay within int16 (16 · 16 · 127)."""
+    halves = []
+    for half in range(2):
+        sums = None
+        for i, (codes, _) in enumerate(operands):
+            product = _products(codes, quad(i), half)
+            sums = product if sums is None else sums + product
+        halves.append(sums)
+    return [totals[0] + _widened(intrinsic("int16x8", "llvm.aarch64.neon.addp", *halves))]
+
+
+def _wide(totals: Sequence[Expression], operands: Operands, quad: Callable[[int], Expression]) -> list[Expression]:
+    """For values up to 127: two products fit 16 bits, four do not, so every two are widened."""
     wide = []
     for half in range(2):
         sums = None
-        for i in range(0, len(lines), 2):
-            pair = _products(lines[i], quads[first + i], half) + _products(lines[i + 1], quads[first + i + 1], half)
+        for i in range(0, len(operands), 2):
+            pair = _products(operands[i][0], quad(i), half) + _products(operands[i + 1][0], quad(i + 1), half)
             sums = _widened(pair) if sums is None else sums + _widened(pair)
         wide.append(sums)
-    return total + intrinsic("int32x4", "llvm.aarch64.neon.addp", *wide)
+    return [totals[0] + intrinsic("int32x4", "llvm.aarch64.neon.addp", *wide)]
+
+
+def _scheme(kind: str, size: str) -> Scheme:
+    operands, shifts = operands_of(kind, "few")
+    add = _wide if kind in ("int8", "nf4") else _narrow
+
+    def dot(totals: Sequence[Expression], place: Place) -> list[Expression]:
+        lines = [line_bytes(place, i, 4) for i in range(LINES[kind])]
+        return add(totals, operands(lines), lambda i: place.quads[place.first + i])
+
+    return described(kind, "smull", dot, shifts)
 
 
 ISA = Isa(
     name="neon",
     triple="aarch64-linux-gnu",
-    cpu="cortex-a72",
+    # Of the CPUs of ARMv8.0, LLVM spills least with the schedule of this one; no instruction is newer than Cortex-A72.
+    cpu="exynos-m3",
     attributes=("+neon",),
     lanes=4,
-    offsets={"int4": 8, "int8": 0},
-    dot=_dot,
-    single=Tile(rows=1, blocks=2),
-    many=Tile(rows=2, blocks=1),
+    scheme=_scheme,
+    tile=lambda kind, size: Tile(rows=1, blocks=2) if size == "single" else Tile(rows=2, blocks=1),
+    special={("sign", size): lookup.SIGN for size in SIZES},
     float_single=Tile(rows=1, blocks=4),
     float_many=Tile(rows=4, blocks=1),
 )

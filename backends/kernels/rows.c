@@ -1,139 +1,9 @@
-/* The public functions: they check their arguments, flatten leading dimensions and call the kernels of this CPU. */
+/* The public functions over rows of activations and over caches: they check their arguments, flatten leading dimensions
+ * and call the kernels of this CPU. */
 #include <inttypes.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "arguments.h"
-
-static int64_t blocks_of(int64_t rows) { return (rows + 15) / 16; }
-
-static int64_t positions_of(int64_t rows, int64_t blocks) { return (blocks_of(rows) + blocks - 1) / blocks; }
-
-/* --- products ----------------------------------------------------------------------------------------------------- */
-
-struct floating {
-  floating_kernel* kernel;
-  const float* x;
-  const void* weight;
-  const float* bias;
-  float* y;
-  int64_t m, n, k, has_bias;
-};
-
-static void run_floating(const void* arguments, int64_t first, int64_t last) {
-  const struct floating* a = arguments;
-  a->kernel(a->x, a->weight, a->bias, a->y, a->m, a->n, a->k, a->has_bias, first, last);
-}
-
-static int floating(const struct kernel_table* table, int kind, struct floating a) {
-  int size = a.m == 1 ? SINGLE : MANY;
-  if (blocks_of(a.n) < table->floating_blocks[size]) size = a.m == 1 ? FEW_SINGLE : FEW_MANY;
-  const int64_t width = kind == FLOAT16 ? 2 : 4;
-  a.kernel = table->floating[kind][size];
-  return hikui_parallel(run_floating, &a, positions_of(a.n, table->floating_blocks[size]),
-                        a.n * a.k * (width + a.m / 4));
-}
-
-static int linear_float(const char* name, int kind, const hikui_any* args, int32_t count) {
-  const struct kernel_table* table = hikui_kernels();
-  struct call call;
-  if (table == NULL || hikui_begin(&call, name, args, count, 4)) return -1;
-  const struct view x = hikui_take_tensor(&call, 0, "x", FLOAT32_ELEMENT);
-  const struct view weight = hikui_take_tensor(&call, 1, "weight", kind == FLOAT16 ? FLOAT16_ELEMENT : FLOAT32_ELEMENT);
-  const struct view bias = hikui_take_tensor(&call, 2, "bias", FLOAT32_ELEMENT);
-  const struct view y = hikui_take_tensor(&call, 3, "y", FLOAT32_ELEMENT);
-  const int64_t n = y.columns;
-  hikui_expect_matrix(&call, &y, x.rows, n);
-  hikui_expect_packed(&call, &weight, blocks_of(n), 3);
-  if (!call.failed) hikui_expect_count(&call, &weight, blocks_of(n) * x.columns * 16);
-  hikui_expect_bias(&call, &bias, n);
-  if (call.failed) return -1;
-  if (y.count == 0) return 0;
-  const struct floating a = {NULL, x.data, weight.data, bias.data, y.data, x.rows, n, x.columns, bias.count > 0};
-  return floating(table, kind, a);
-}
-
-struct integer {
-  integer_kernel* kernel;
-  struct view q, q_scale, q_sums, weight, scale, bias, b, y;
-  const float* t;
-  int64_t m, n, groups, group_steps, rank;
-};
-
-static void run_integer(const void* arguments, int64_t first, int64_t last) {
-  const struct integer* a = arguments;
-  a->kernel(a->q.data, a->q_scale.data, a->q_sums.data, a->weight.data, a->scale.data, a->bias.data, a->b.data, a->t,
-            a->y.data, a->m, a->n, a->q.columns / 4, a->weight.shape[1], a->groups, a->group_steps, a->rank,
-            a->bias.count > 0, first, last);
-}
-
-static int run_linear_a8(const struct kernel_table* table, int kind, struct integer* a) {
-  const int size = a->m == 1 ? SINGLE : MANY;
-  a->kernel = table->integer[kind][size];
-  return hikui_parallel(run_integer, a, positions_of(a->n, table->integer_blocks[size]),
-                        a->weight.count * (1 + a->m / 4));
-}
-
-/* t = A · x for every row, then the product with the epilogue y += B · t */
-static int run_branch(const struct kernel_table* table, int kind, struct integer* a, const struct view* x,
-                      const struct view* branch_a) {
-  float small[1024];
-  const int64_t count = a->m * a->rank;
-  float* t = count <= (int64_t)(sizeof small / sizeof small[0]) ? small : malloc((size_t)count * sizeof(float));
-  if (t == NULL) return hikui_fail("There is no memory for the %" PRId64 " values of the low-rank branch.", count);
-  const struct floating product = {NULL, x->data, branch_a->data, NULL, t, a->m, a->rank, x->columns, 0};
-  int status = floating(table, FLOAT16, product);
-  a->t = t;
-  if (status == 0) status = run_linear_a8(table, kind, a);
-  if (t != small) free(t);
-  return status;
-}
-
-static int linear_a8(const char* name, int kind, int branch, const hikui_any* args, int32_t count) {
-  const struct kernel_table* table = hikui_kernels();
-  const int64_t line = kind == INT4 ? 8 : 4; /* input columns in a line of a block */
-  struct call call;
-  struct integer a = {0};
-  if (table == NULL || hikui_begin(&call, name, args, count, branch ? 10 : 7)) return -1;
-  a.q = hikui_take_tensor(&call, 0, "q", INT8_ELEMENT);
-  a.q_scale = hikui_take_tensor(&call, 1, "q_scale", FLOAT32_ELEMENT);
-  a.q_sums = hikui_take_tensor(&call, 2, "q_sums", INT32_ELEMENT);
-  a.weight = hikui_take_tensor(&call, 3, "weight", kind == INT4 ? UINT8_ELEMENT : INT8_ELEMENT);
-  a.scale = hikui_take_tensor(&call, 4, "scale", FLOAT16_ELEMENT);
-  a.bias = hikui_take_tensor(&call, 5, "bias", FLOAT32_ELEMENT);
-  a.y = hikui_take_tensor(&call, branch ? 9 : 6, "y", FLOAT32_ELEMENT);
-  a.m = a.q.rows;
-  a.n = a.y.columns;
-  hikui_expect_matrix(&call, &a.y, a.m, a.n);
-  hikui_expect_count(&call, &a.q_scale, a.m);
-  hikui_expect_matrix(&call, &a.q_sums, a.m, a.q.columns / 32);
-  hikui_expect_packed(&call, &a.weight, blocks_of(a.n), 4);
-  hikui_expect_packed(&call, &a.scale, blocks_of(a.n), 3);
-  if (call.failed) return -1;
-  const int64_t k = a.weight.shape[1] * line;
-  a.groups = a.scale.shape[1];
-  if (a.q.columns % 128 != 0 || k > a.q.columns || a.groups < 1 || k % (a.groups * 32) != 0)
-    return hikui_fail("%s: %" PRId64 " weight columns in %" PRId64 " groups do not fit activations of %" PRId64
-                      " columns; groups are multiples of 32, activations are padded to 128.",
-                      name, k, a.groups, a.q.columns);
-  a.group_steps = k / a.groups / 32;
-  hikui_expect_bias(&call, &a.bias, a.n);
-  if (!branch) {
-    if (call.failed) return -1;
-    return a.y.count == 0 ? 0 : run_linear_a8(table, kind, &a);
-  }
-  const struct view x = hikui_take_tensor(&call, 6, "x", FLOAT32_ELEMENT);
-  const struct view branch_a = hikui_take_tensor(&call, 7, "a", FLOAT16_ELEMENT);
-  a.b = hikui_take_tensor(&call, 8, "b", FLOAT16_ELEMENT);
-  hikui_expect_matrix(&call, &x, a.m, x.columns);
-  hikui_expect_packed(&call, &a.b, blocks_of(a.n), 3);
-  if (call.failed) return -1;
-  a.rank = a.b.shape[1];
-  hikui_expect_packed(&call, &branch_a, blocks_of(a.rank), 3);
-  if (!call.failed) hikui_expect_count(&call, &branch_a, blocks_of(a.rank) * x.columns * 16);
-  if (call.failed) return -1;
-  return a.y.count == 0 ? 0 : run_branch(table, kind, &a, &x, &branch_a);
-}
 
 /* --- rows --------------------------------------------------------------------------------------------------------- */
 
@@ -144,6 +14,8 @@ struct rows {
   float* y;
   int64_t k;
   float eps;
+  quantize_kernel* quantize;
+  const float* step;
   int8_t* q;
   float* scale;
   int32_t* sums;
@@ -154,12 +26,12 @@ static void run_rows(const void* arguments, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) { /* row by row, so that the second step finds the row in cache */
     if (a->norm_x != NULL) a->table->rms_norm(a->norm_x, a->norm_weight, a->y, a->k, a->eps, row, row + 1);
     if (a->gate != NULL) a->table->swiglu(a->gate, a->up, a->y, a->k, row, row + 1);
-    if (a->q != NULL) a->table->quantize(a->source, a->q, a->scale, a->sums, a->k, row, row + 1);
+    if (a->q != NULL) a->quantize(a->source, a->step, a->q, a->scale, a->sums, a->k, row, row + 1);
   }
 }
 
 /* takes the outputs q, scale, sums from the arguments at `index` */
-static void quantized(struct call* call, int index, const struct view* source, struct rows* a) {
+static void quantized(struct call* call, int index, const struct view* source, int mode, struct rows* a) {
   const struct view q = hikui_take_tensor(call, index, "q", INT8_ELEMENT);
   const struct view scale = hikui_take_tensor(call, index + 1, "scale", FLOAT32_ELEMENT);
   const struct view sums = hikui_take_tensor(call, index + 2, "sums", INT32_ELEMENT);
@@ -168,6 +40,7 @@ static void quantized(struct call* call, int index, const struct view* source, s
   hikui_expect_count(call, &scale, source->rows);
   hikui_expect_matrix(call, &sums, source->rows, padded / 32);
   a->source = source->data;
+  a->quantize = a->table->quantize[mode];
   a->q = q.data;
   a->scale = scale.data;
   a->sums = sums.data;
@@ -178,14 +51,19 @@ static int finish_rows(const struct call* call, const struct rows* a, const stru
   return source->rows == 0 ? 0 : hikui_parallel(run_rows, a, source->rows, source->count * 8);
 }
 
-HIKUI_PACKED(hikui_quantize_activation) {
-  (void)self, (void)result;
+static int quantize_activation(const char* name, int mode, const hikui_any* args, int32_t count) {
+  const int fixed = mode == STATIC_INT8;
   struct rows a = {.table = hikui_kernels()};
   struct call call;
-  if (a.table == NULL || hikui_begin(&call, "hikui_quantize_activation", args, count, 4)) return -1;
+  if (a.table == NULL || hikui_begin(&call, name, args, count, fixed ? 5 : 4)) return -1;
   const struct view x = hikui_take_tensor(&call, 0, "x", FLOAT32_ELEMENT);
   a.k = x.columns;
-  quantized(&call, 1, &x, &a);
+  if (fixed) {
+    const struct view step = hikui_take_tensor(&call, 1, "step", FLOAT32_ELEMENT);
+    hikui_expect_count(&call, &step, 1);
+    a.step = step.data;
+  }
+  quantized(&call, fixed ? 2 : 1, &x, mode, &a);
   return finish_rows(&call, &a, &x);
 }
 
@@ -203,7 +81,7 @@ static int rms_norm(const char* name, int quantize, const hikui_any* args, int32
   a.norm_weight = weight.data;
   a.y = y.data;
   a.k = x.columns;
-  if (quantize) quantized(&call, 4, &y, &a);
+  if (quantize) quantized(&call, 4, &y, DYNAMIC_INT8, &a);
   return finish_rows(&call, &a, &y);
 }
 
@@ -220,7 +98,7 @@ static int swiglu(const char* name, int quantize, const hikui_any* args, int32_t
   a.up = up.data;
   a.y = y.data;
   a.k = gate.columns;
-  if (quantize) quantized(&call, 3, &y, &a);
+  if (quantize) quantized(&call, 3, &y, DYNAMIC_INT8, &a);
   return finish_rows(&call, &a, &y);
 }
 
@@ -328,12 +206,9 @@ HIKUI_PACKED(hikui_attention) {
     return CALL;                              \
   }
 
-FORWARD(hikui_linear_a8_int4, linear_a8(name, INT4, 0, args, count))
-FORWARD(hikui_linear_a8_int8, linear_a8(name, INT8, 0, args, count))
-FORWARD(hikui_linear_a8_branch_int4, linear_a8(name, INT4, 1, args, count))
-FORWARD(hikui_linear_a8_branch_int8, linear_a8(name, INT8, 1, args, count))
-FORWARD(hikui_linear_float16, linear_float(name, FLOAT16, args, count))
-FORWARD(hikui_linear_float32, linear_float(name, FLOAT32, args, count))
+FORWARD(hikui_quantize_activation, quantize_activation(name, DYNAMIC_INT8, args, count))
+FORWARD(hikui_quantize_activation_int4, quantize_activation(name, DYNAMIC_INT4, args, count))
+FORWARD(hikui_quantize_activation_static, quantize_activation(name, STATIC_INT8, args, count))
 FORWARD(hikui_rms_norm, rms_norm(name, 0, args, count))
 FORWARD(hikui_rms_norm_quantize, rms_norm(name, 1, args, count))
 FORWARD(hikui_swiglu, swiglu(name, 0, args, count))

@@ -1,0 +1,151 @@
+"""The kernels of an instruction set: which there are, by symbol, and the C table that the dispatcher finds them in."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from hikui.backends.kernels import activation, attention, linear, weight_only
+from hikui.backends.kernels.fields import SEGMENTS
+from hikui.backends.kernels.isa.base import SIZES, Isa, Tile
+
+FLOATS = ("float16", "float32")
+GENERIC = "generic"
+ACTIVATIONS = ("int8", "int8 static", "int4", "float32", "float16")
+"""What activations products take: quantised a token, by a step known beforehand, or not at all."""
+
+_WEIGHT_ONLY_ROWS = {"single": 1, "many": 4}
+
+
+class Kernel(NamedTuple):
+    """A TIR function to come: its C symbol, its C type, and who makes it."""
+
+    symbol: str
+    ctype: str
+    build: Callable[[], Any]
+
+
+def kernel_symbol(kernel: str, isa: Isa) -> str:
+    """The C symbol of a kernel of an instruction set."""
+    return f"hikui_{kernel}__{isa.name}"
+
+
+def _float_tiles(isa: Isa) -> dict[str, tuple[Tile, int]]:
+    """Tiles and chains of the products with float weights, in the order of the table."""
+    return {
+        "single": (isa.float_single, 1),
+        "many": (isa.float_many, 1),
+        "few_single": (Tile(rows=1, blocks=1), 4),
+        "few_many": (Tile(rows=4, blocks=1), 1),
+    }
+
+
+def kernels(isa: Isa) -> Iterator[Kernel]:
+    """Every kernel of an instruction set."""
+
+    def symbol(kernel: str) -> str:
+        return kernel_symbol(kernel, isa)
+
+    prepared = set()
+    for size in dict.fromkeys(isa.classes.get(size, size) for size in SIZES):
+        for kind in SEGMENTS:
+            name = symbol(f"linear_a8_{kind}_{size}")
+            special = isa.special.get((kind, size))
+            yield Kernel(
+                name, "integer_kernel", partial(special.build if special else linear.integer, isa, kind, size, name)
+            )
+            if special and special.prepare and special.prepare_build and special.prepare not in prepared:
+                prepared.add(special.prepare)
+                name = symbol(special.prepare)
+                yield Kernel(name, "prepare_kernel", partial(special.prepare_build, isa, name))
+    for kind in SEGMENTS:
+        for size, rows in _WEIGHT_ONLY_ROWS.items():
+            name = symbol(f"linear_{kind}_{size}")
+            yield Kernel(name, "weight_only_kernel", partial(weight_only.weight_only, kind, rows, name))
+    for kind in FLOATS:
+        for size, (tile, chains) in _float_tiles(isa).items():
+            name = symbol(f"linear_{kind}_{size}")
+            yield Kernel(name, "floating_kernel", partial(linear.floating, kind, tile, chains, name))
+    for mode in activation.MODES:
+        name = symbol(f"quantize_activation_{mode}")
+        yield Kernel(name, "quantize_kernel", partial(activation.quantize_activation, mode, name))
+    for make in (activation.rms_norm, activation.swiglu, attention.rotary, attention.attention):
+        name = symbol(make.__name__)
+        yield Kernel(name, f"{make.__name__}_kernel", partial(make, name))
+
+
+def kernel_name(isa: Isa, kind: str, size: str) -> str:
+    """What serves products of a kind, for people: `vnni in place`, `tbl look-up`, `generic`, …"""
+    size = isa.classes.get(size, size)
+    special = isa.special.get((kind, size))
+    if special:
+        return special.name
+    names = [isa.scheme(segment, size).name for segment in SEGMENTS[kind]]
+    return " + ".join(dict.fromkeys(names))
+
+
+def served(isa: Isa, kind: str, activations: str) -> tuple[str, ...]:
+    """The kernels for 1, for 2…15 and for 16 and more rows of activations; a fallback says so.
+
+    Args:
+        isa: the instruction set.
+        kind: a format, as in `fields.SEGMENTS`.
+        activations: one of `ACTIVATIONS`.
+    """
+    if activations == "float32":
+        return (GENERIC,) * len(SIZES)
+    if activations == "float16":
+        return (f"{GENERIC}, widened to float32",) * len(SIZES)
+    return tuple(kernel_name(isa, kind, size) for size in SIZES)
+
+
+def is_fallback(name: str) -> bool:
+    """Whether a kernel is the one of plain code that serves where an instruction set has no sequence of its own."""
+    return name.startswith(GENERIC)
+
+
+def _entry(isa: Isa, kind: str, size: str) -> str:
+    size = isa.classes.get(size, size)
+    special = isa.special.get((kind, size))
+    symbol = kernel_symbol(f"linear_a8_{kind}_{size}", isa)
+    blocks = special.blocks if special else isa.tile(kind, size).blocks
+    prepare = kernel_symbol(special.prepare, isa) if special and special.prepare else "0"
+    prepared_bytes = special.prepared_bytes if special else 0
+    return f'{{{symbol}, "{kernel_name(isa, kind, size)}", {blocks}, {prepare}, {prepared_bytes}}}'
+
+
+def _c_table(isa: Isa) -> str:
+    def symbol(kernel: str) -> str:
+        return kernel_symbol(kernel, isa)
+
+    lines = [f"extern {kernel.ctype} {kernel.symbol};" for kernel in kernels(isa)]
+    lines.append(f"static const struct kernel_table table_{isa.name} = {{")
+    lines.append(f'  .isa = "{isa.name}", .supported = supports_{isa.name},')
+    served = [f"{kind} {size} {kernel_name(isa, kind, size)}" for kind in SEGMENTS for size in SIZES]
+    lines.append("  .description =")
+    lines += [f'    "{line}\\n"' for line in served]
+    lines[-1] += ","
+    for kind in SEGMENTS:
+        entries = ", ".join(_entry(isa, kind, size) for size in SIZES)
+        lines.append(f"  .integer[{kind.upper()}] = {{{entries}}},")
+        pair = ", ".join(symbol(f"linear_{kind}_{size}") for size in _WEIGHT_ONLY_ROWS)
+        lines.append(f"  .weight_only[{kind.upper()}] = {{{pair}}},")
+    tiles = _float_tiles(isa)
+    lines.append(f"  .floating_blocks = {{{', '.join(str(tile.blocks) for tile, _ in tiles.values())}}},")
+    for kind in FLOATS:
+        lines.append(
+            f"  .floating[{kind.upper()}] = {{{', '.join(symbol(f'linear_{kind}_{size}') for size in tiles)}}},"
+        )
+    quantisers = ", ".join(symbol(f"quantize_activation_{mode}") for mode in activation.MODES)
+    lines.append(f"  .quantize = {{{quantisers}}},")
+    for name in ("rms_norm", "swiglu", "rotary", "attention"):
+        lines.append(f"  .{name} = {symbol(name)},")
+    lines.append("};")
+    return "\n".join(lines) + "\n"
+
+
+def c_tables(isas: Sequence[Isa]) -> str:
+    """The C text that select.c includes: a table for each instruction set, best last."""
+    names = [isa.name for isa in isas]
+    text = "".join(map(_c_table, isas))
+    text += f"static const struct kernel_table* const tables[] = {{{', '.join(f'&table_{name}' for name in names)}}};\n"
+    return text + f'#define TABLE_NAMES "{", ".join(names)}"\n'
