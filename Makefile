@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install sysroot demo test lint typecheck bench schema clean
+.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm schema clean
 
 install: $(INSTALLED)
 
@@ -33,10 +33,19 @@ typecheck: $(INSTALLED)
 	$(BIN)/mypy
 
 # The measurements behind the README's figures that need nothing beside the checkout; benchmarks/quality.py wants texts.
+# Other libraries take part where they are installed: $(BIN)/pip install '.[peers,plot]'.
 bench: sysroot
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.lower_memory
+
+# Instructions under qemu-user and estimated cycles of the ARM kernels; writes benchmarks/results/arm.json.
+bench-arm: $(INSTALLED)
+	$(BIN)/python -m benchmarks.arm
+
+# One thread, x86: at most three minutes; writes benchmarks/results/quick.json.
+bench-quick: $(INSTALLED)
+	$(BIN)/python -m benchmarks.kernels.quick
 
 # What editors check recipes against; a test holds it to the passes.
 schema: $(INSTALLED)

@@ -1,0 +1,186 @@
+"""Products of low-bit weights with int8 activations, by `__dp4a`."""
+# TVMScript's annotations are TIR types, which a Python type checker cannot know.
+# mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, finish
+from hikui.backends.kernels.cuda.words import signed, unpack
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+
+# Steps whose weights a lane asks for before it uses the first, with one row of activations. More would ask for more
+# bytes at once, but 128 steps are 4096 columns: beyond that a turn is mostly idle.
+_AHEAD = {"sign": 2, "int2": 2, "ternary": 2, "int3": 2, "int4": 2, "nf4": 1, "fp4": 1, "int8": 1}
+
+
+def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
+    """What adds the products of steps of one kind, times `unit`, to the sums of a lane."""
+    words, lines = signed(kind), LINES[kind]
+
+    @T.inline
+    def add(
+        total,
+        row,
+        quarter,
+        place,
+        block,
+        first_line,
+        first_step,
+        count,
+        q,
+        q_sums,
+        weight,
+        scale,
+        row_steps,
+        groups,
+        group_shift,
+    ):
+        """Adds the products of `count` steps from `first_step` on, whose weights start at line `first_line`."""
+        step = T.alloc_buffer((ahead,), "int32", scope="local")
+        packed = T.alloc_buffer((ahead * lines * 4,), "int32", scope="local")
+        codes = T.alloc_buffer((QUADS * 4,), "int32", scope="local")
+        halves = T.alloc_buffer((4,), "float16", scope="local")
+        factor = T.alloc_buffer((4,), "float32", scope="local")
+        activation = T.alloc_buffer((QUADS,), "int32", scope="local")
+        product = T.alloc_buffer((4,), "int32", scope="local")
+        for turn in range((count + (PLACES * ahead - 1)) // (PLACES * ahead)):
+            for u in T.unroll(ahead):
+                # Beyond the end the last step is read again, and its scale taken as 0.
+                step[u] = T.min((turn * ahead + u) * PLACES + place, count - 1)
+                for line in T.unroll(lines):
+                    packed[T.ramp((u * lines + line) * 4, 1, 4)] = weight[
+                        (first_line + (step[u] * lines + line)) * 4 + quarter
+                    ]
+            for u in T.unroll(ahead):
+                unpack(words, codes, packed, u * lines * 4)
+                halves[T.ramp(0, 1, 4)] = scale[
+                    (T.cast(block, "int64") * groups + ((first_step + step[u]) >> group_shift)) * 4 + quarter
+                ]
+                for r in T.unroll(4):
+                    factor[r] = T.Select(
+                        (turn * ahead + u) * PLACES + place < count,
+                        T.cast(halves[r], "float32") * T.float32(unit),
+                        T.float32(0),
+                    )
+                for i in T.unroll(rows):
+                    for f in T.unroll(QUADS // 4):
+                        activation[T.ramp(f * 4, 1, 4)] = q[
+                            T.cast(row[i], "int64") * (row_steps * 2) + ((first_step + step[u]) * 2 + f)
+                        ]
+                    for r in T.unroll(4):
+                        product[r] = 0
+                        if words.offset != 0:
+                            product[r] = q_sums[row[i] * row_steps + first_step + step[u]] * T.int32(-words.offset)
+                        for f in T.unroll(QUADS):
+                            product[r] = T.call_pure_extern(
+                                "int32", "__dp4a", codes[f * 4 + r], activation[f], product[r]
+                            )
+                        total[i * 4 + r] = total[i * 4 + r] + factor[r] * T.cast(product[r], "float32")
+
+    return add
+
+
+def integer(kind: str, rows: int, name: str) -> Any:
+    """y[m, n] = q_scale[m] · Σ_g scale[n, g] · Σ_k q[m, k]·code[n, k] + bias[n] + Σ_r b[n, r]·t[m, r].
+
+    Args:
+        kind: a key of `SEGMENTS`.
+        rows: rows of activations that share an unpacked weight, at most 16.
+        name: symbol of the kernel.
+
+    The kernel's parameters after the pointers: M, N, steps of 32 columns a row of q, weight lines a block, groups, by
+    how many bits a step's number is shifted down to give its group, steps of 32 columns in the weights, rank of the
+    branch (0: none; then b and t are not read), whether there is a bias. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8
+    threads.
+    """
+    # The unit of the bytes' values goes into the sums of a lane once, or where two kinds meet into their scales.
+    units = [signed(part).factor for part in SEGMENTS[kind]]
+    common = units[0] if len(units) == 1 else 1.0
+    parts = [
+        _add_steps(part, rows, _AHEAD[part] if rows == 1 else 1, unit / common)
+        for part, unit in zip(SEGMENTS[kind], units, strict=True)
+    ]
+    add, add_narrow = parts[0], parts[-1]
+    wide_lines = LINES[SEGMENTS[kind][0]]
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q_data: T.handle("int32x4"),
+        q_scale_data: T.handle("float32"),
+        q_sums_data: T.handle("int32"),
+        weight_data: T.handle("int32x4"),
+        scale_data: T.handle("float16x4"),
+        bias_data: T.handle("float32"),
+        b_data: T.handle("float16x4"),
+        t_data: T.handle("float32"),
+        y_data: T.handle("float32"),
+        m_size: T.int32,
+        n_size: T.int32,
+        row_steps: T.int32,
+        lines: T.int32,
+        groups: T.int32,
+        group_shift: T.int32,
+        steps: T.int32,
+        rank: T.int32,
+        has_bias: T.int32,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "calling_conv": 2, "tirx.is_global_func": True})
+        n_blocks = (n_size + 15) // 16
+        q = T.decl_buffer((m_size * row_steps * 2,), "int32x4", data=q_data)
+        q_scale = T.decl_buffer((m_size,), "float32", data=q_scale_data)
+        q_sums = T.decl_buffer((m_size * row_steps,), "int32", data=q_sums_data)
+        weight = T.decl_buffer((n_blocks * lines * 4,), "int32x4", data=weight_data)
+        scale = T.decl_buffer((n_blocks * groups * 4,), "float16x4", data=scale_data)
+        bias = T.decl_buffer((n_size,), "float32", data=bias_data)
+        b = T.decl_buffer((n_blocks * rank * 4,), "float16x4", data=b_data)
+        t = T.decl_buffer((m_size * rank,), "float32", data=t_data)
+        y = T.decl_buffer((m_size * n_size,), "float32", data=y_data)
+        block = T.launch_thread("blockIdx.x", n_blocks)
+        chunk = T.launch_thread("blockIdx.y", (m_size + (rows - 1)) // rows)
+        lane = T.launch_thread("threadIdx.x", WARP)
+        warp = T.launch_thread("threadIdx.y", WARPS)
+        partial = T.alloc_buffer((WARPS * rows * 16,), "float32", scope="shared")
+        total = T.alloc_buffer((rows * 4,), "float32", scope="local")
+        row = T.alloc_buffer((rows,), "int32", scope="local")
+        halves = T.alloc_buffer((4,), "float16", scope="local")
+        quarter = lane % 4
+        place = warp * (WARP // 4) + lane // 4
+        for i in T.unroll(rows):
+            row[i] = T.min(chunk * rows + i, m_size - 1)
+        for i in T.unroll(rows * 4):
+            total[i] = T.float32(0)
+        first_line = T.cast(block, "int64") * lines
+        # fmt: off
+        if len(parts) == 1:
+            add(
+                total, row, quarter, place, block, first_line, 0, steps,
+                q, q_sums, weight, scale, row_steps, groups, group_shift,
+            )
+        else:
+            # Every step takes a line at least; how many lines there are beyond that says how many steps are wide.
+            wide = (lines - steps) // (wide_lines - 1)
+            add(
+                total, row, quarter, place, block, first_line, 0, wide,
+                q, q_sums, weight, scale, row_steps, groups, group_shift,
+            )
+            add_narrow(
+                total, row, quarter, place, block, first_line + wide * wide_lines, wide, steps - wide,
+                q, q_sums, weight, scale, row_steps, groups, group_shift,
+            )
+        # fmt: on
+        for i in T.unroll(rows):
+            for r in T.unroll(4):
+                total[i * 4 + r] = total[i * 4 + r] * (q_scale[row[i]] * T.float32(common))
+        for turn in range((rank + (PLACES - 1)) // PLACES):
+            if turn * PLACES + place < rank:
+                halves[T.ramp(0, 1, 4)] = b[(T.cast(block, "int64") * rank + (turn * PLACES + place)) * 4 + quarter]
+                for i in T.unroll(rows):
+                    for r in T.unroll(4):
+                        total[i * 4 + r] = (
+                            total[i * 4 + r] + T.cast(halves[r], "float32") * (t[row[i] * rank + turn * PLACES + place])
+                        )
+        finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
+
+    return kernel

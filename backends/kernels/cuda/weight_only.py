@@ -1,0 +1,157 @@
+"""Products of low-bit weights with float activations: codes are widened to float32 on the way."""
+# TVMScript's annotations are TIR types, which a Python type checker cannot know.
+# mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, finish
+from hikui.backends.kernels.cuda.words import unpack, unsigned
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+
+# A byte u below these top bytes is the float 2²³ + u.
+_EXPONENT, _BASE = 0x4B000000, 8388608.0
+
+
+def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
+    """y[m, n] = Σ_g scale[n, g] · Σ_k x[m, k]·code[n, k] + bias[n].
+
+    Args:
+        kind: a key of `SEGMENTS`.
+        dtype: of x, `float32` or `float16`; sums and y are float32.
+        rows: rows of activations that share an unpacked weight, at most 16.
+        name: symbol of the kernel.
+
+    The kernel's parameters after the pointers: M, N, K, weight lines a block, groups, by how many bits a step's number
+    is shifted down to give its group, steps of 32 columns in the weights, whether there is a bias. x is aligned to four
+    elements. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8 threads.
+    """
+    parts = [_add_steps(part, dtype, rows) for part in SEGMENTS[kind]]
+    add, add_narrow = parts[0], parts[-1]
+    wide_lines = LINES[SEGMENTS[kind][0]]
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x_data: T.handle(dtype),
+        weight_data: T.handle("int32x4"),
+        scale_data: T.handle("float16x4"),
+        bias_data: T.handle("float32"),
+        y_data: T.handle("float32"),
+        m_size: T.int32,
+        n_size: T.int32,
+        k_size: T.int32,
+        lines: T.int32,
+        groups: T.int32,
+        group_shift: T.int32,
+        steps: T.int32,
+        has_bias: T.int32,
+    ):
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "calling_conv": 2, "tirx.is_global_func": True})
+        n_blocks = (n_size + 15) // 16
+        x = T.decl_buffer((m_size * k_size,), dtype, data=x_data)
+        weight = T.decl_buffer((n_blocks * lines * 4,), "int32x4", data=weight_data)
+        scale = T.decl_buffer((n_blocks * groups * 4,), "float16x4", data=scale_data)
+        bias = T.decl_buffer((n_size,), "float32", data=bias_data)
+        y = T.decl_buffer((m_size * n_size,), "float32", data=y_data)
+        block = T.launch_thread("blockIdx.x", n_blocks)
+        chunk = T.launch_thread("blockIdx.y", (m_size + (rows - 1)) // rows)
+        lane = T.launch_thread("threadIdx.x", WARP)
+        warp = T.launch_thread("threadIdx.y", WARPS)
+        partial = T.alloc_buffer((WARPS * rows * 16,), "float32", scope="shared")
+        total = T.alloc_buffer((rows * 4,), "float32", scope="local")
+        row = T.alloc_buffer((rows,), "int32", scope="local")
+        quarter = lane % 4
+        place = warp * (WARP // 4) + lane // 4
+        for i in T.unroll(rows):
+            row[i] = T.min(chunk * rows + i, m_size - 1)
+        for i in T.unroll(rows * 4):
+            total[i] = T.float32(0)
+        first_line = T.cast(block, "int64") * lines
+        # fmt: off
+        if len(parts) == 1:
+            add(total, row, quarter, place, block, first_line, 0, steps, x, weight, scale, k_size, groups, group_shift)
+        else:
+            # Every step takes a line at least; how many lines there are beyond that says how many steps are wide.
+            wide = (lines - steps) // (wide_lines - 1)
+            add(total, row, quarter, place, block, first_line, 0, wide, x, weight, scale, k_size, groups, group_shift)
+            add_narrow(
+                total, row, quarter, place, block, first_line + wide * wide_lines, wide, steps - wide,
+                x, weight, scale, k_size, groups, group_shift,
+            )
+        # fmt: on
+        finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
+
+    return kernel
+
+
+def _add_steps(kind: str, dtype: str, rows: int) -> Any:
+    """What adds the products of steps of one kind to the sums of a lane."""
+    words, lines = unsigned(kind), LINES[kind]
+    # The activations of so many quads are in registers at once.
+    quads = max(1, QUADS // rows)
+
+    @T.inline
+    def add(
+        total, row, quarter, place, block, first_line, first_step, count, x, weight, scale, k_size, groups, group_shift
+    ):
+        """Adds the products of `count` steps from `first_step` on, whose weights start at line `first_line`."""
+        packed = T.alloc_buffer((lines * 4,), "int32", scope="local")
+        codes = T.alloc_buffer((QUADS * 4,), "int32", scope="local")
+        halves = T.alloc_buffer((4,), "float16", scope="local")
+        activation = T.alloc_buffer((rows * quads * 4,), dtype, scope="local")
+        value = T.alloc_buffer((1,), "float32", scope="local")
+        product = T.alloc_buffer((rows * 4,), "float32", scope="local")
+        for turn in range((count + (PLACES - 1)) // PLACES):
+            if turn * PLACES + place < count:
+                step = turn * PLACES + place
+                for line in T.unroll(lines):
+                    packed[T.ramp(line * 4, 1, 4)] = weight[(first_line + (step * lines + line)) * 4 + quarter]
+                unpack(words, codes, packed, 0)
+                for i in T.unroll(rows * 4):
+                    product[i] = T.float32(0)
+                for part in T.unroll(QUADS // quads):
+                    column = (first_step + step) * 32 + part * (quads * 4)
+                    if k_size % 4 == 0 and column + quads * 4 <= k_size:
+                        for i in T.unroll(rows):
+                            for f in T.unroll(quads):
+                                # Four elements at a multiple of four: the compiler is told by this index's form.
+                                activation[T.ramp((i * quads + f) * 4, 1, 4)] = x[
+                                    T.ramp((T.cast(row[i], "int64") * (k_size // 4) + (column // 4 + f)) * 4, 1, 4)
+                                ]
+                    else:
+                        for i in T.unroll(rows):
+                            for k in T.unroll(quads * 4):
+                                activation[i * quads * 4 + k] = T.if_then_else(
+                                    column + k < k_size,
+                                    x[T.cast(row[i], "int64") * k_size + (column + k)],
+                                    T.cast(0, dtype),
+                                )
+                    for f in T.unroll(quads):
+                        for r in T.unroll(4):
+                            for j in T.unroll(4):
+                                value[0] = T.call_pure_extern(
+                                    "float32",
+                                    "__int_as_float",
+                                    T.call_pure_extern(
+                                        "int32",
+                                        "__byte_perm",
+                                        codes[(part * quads + f) * 4 + r],
+                                        T.int32(_EXPONENT),
+                                        0x7540 + j,
+                                    ),
+                                ) - T.float32(_BASE + words.offset)
+                                for i in T.unroll(rows):
+                                    product[i * 4 + r] = product[i * 4 + r] + value[0] * T.cast(
+                                        activation[(i * quads + f) * 4 + j], "float32"
+                                    )
+                halves[T.ramp(0, 1, 4)] = scale[
+                    (T.cast(block, "int64") * groups + ((first_step + step) >> group_shift)) * 4 + quarter
+                ]
+                for i in T.unroll(rows):
+                    for r in T.unroll(4):
+                        total[i * 4 + r] = total[i * 4 + r] + product[i * 4 + r] * (
+                            T.cast(halves[r], "float32") * T.float32(words.factor)
+                        )
+
+    return add

@@ -1,0 +1,37 @@
+"""The benchmark for GPUs, run against a driver that emulates: it checks every kernel and reports what it measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.cuda.__main__ import main
+
+from hikui.backends.kernels.cuda.kernels import KINDS, makers
+
+from .cuda_emulation import FATBIN_MAGIC, Emulator, emulator
+
+__all__ = ["emulator"]
+
+
+def test_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--driver", "libno_such_driver.so.1"]) == 1
+    assert capsys.readouterr().err == "No CUDA driver is here (libno_such_driver.so.1 cannot be loaded).\n"
+
+
+def test_checks_and_times_every_kernel(emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kernels.fatbin").write_bytes(FATBIN_MAGIC)
+    options = ["--size", "128", "--rows", "1", "8", "--rounds", "2", "--fatbin", str(tmp_path / "kernels.fatbin")]
+    report = tmp_path / "report.json"
+    assert main([*options, "--driver", str(emulator.path), "--json", str(report)]) == 0
+    written = json.loads(report.read_text())
+    assert {row["kernel"] for row in written["checks"]} == set(makers())
+    assert all(row["passes"] for row in written["checks"])
+    assert [(row["m"], row["kind"]) for row in written["products"]] == [(m, kind) for m in (1, 8) for kind in KINDS]
+    text = capsys.readouterr().out
+    assert f"{len(makers())} kernels checked, 0 failed" in text and "of copy" in text
+
+
+def test_refuses_what_is_no_fatbin(emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wrong").write_bytes(b"none")
+    assert main(["--fatbin", str(tmp_path / "wrong"), "--driver", str(emulator.path)]) == 1
+    assert capsys.readouterr().err == "cuModuleLoadData fails: emulated failure.\n"

@@ -1,0 +1,178 @@
+"""The library that starts CUDA kernels from C, against a driver that emulates."""
+
+import ctypes
+import os
+import shutil
+from ctypes import c_char_p, c_int32, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from hikui.backends.kernels.cuda import artefact
+from hikui.backends.kernels.cuda.artefact import LIBRARY, build_loader
+from hikui.lowering import elf
+from hikui.lowering.formats import Format, activation_k, pack, quantize_activation, quantize_activation_static, unpack
+from hikui.lowering.target import TARGETS, machine_triple
+
+from .cuda_emulation import FATBIN_MAGIC, Emulator, emulator
+
+__all__ = ["emulator"]
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_uint64),
+        ("scale", c_uint64),
+        *((name, c_int32) for name in ("n", "columns", "lines", "groups")),
+    )
+
+
+class Activation(ctypes.Structure):
+    _fields_ = (("q", c_uint64), ("scale", c_uint64), ("sums", c_uint64), ("m", c_int32), ("columns", c_int32))
+
+
+class Branch(ctypes.Structure):
+    _fields_ = (("b", c_uint64), ("t", c_uint64), ("rank", c_int32))
+
+
+class Gpu:
+    """The library on an emulated GPU."""
+
+    def __init__(self, library: ctypes.CDLL, handle: c_void_p) -> None:
+        self._library, self._handle = library, handle
+
+    def __call__(self, name: str, *arguments: object) -> None:
+        status = getattr(self._library, f"hikui_cuda_{name}")(self._handle, *arguments)
+        assert status == 0, self._library.hikui_cuda_last_error().decode()
+
+    def refuses(self, name: str, *arguments: object) -> str:
+        assert getattr(self._library, f"hikui_cuda_{name}")(self._handle, *arguments) == 1
+        return str(self._library.hikui_cuda_last_error().decode())
+
+    def put(self, tensor: Tensor) -> c_uint64:
+        address, size = c_uint64(), tensor.numel() * tensor.element_size()
+        self("allocate", c_size_t(size), ctypes.byref(address))
+        self("upload", address, c_void_p(tensor.contiguous().data_ptr()), c_size_t(size))
+        return address
+
+    def get(self, address: c_uint64, like: Tensor) -> Tensor:
+        out = torch.empty_like(like)
+        self("download", c_void_p(out.data_ptr()), address, c_size_t(out.numel() * out.element_size()))
+        return out
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    path = tmp_path_factory.mktemp("loader") / LIBRARY
+    build_loader(machine_triple(), path)
+    needed = elf.read_elf(path).needs
+    assert not [name for name in needed if not name.startswith("GLIBC")], "the loader needs more than libc"
+    loaded = ctypes.CDLL(str(path))
+    loaded.hikui_cuda_open.restype = c_void_p
+    loaded.hikui_cuda_last_error.restype = c_char_p
+    return loaded
+
+
+@pytest.fixture
+def gpu(library: ctypes.CDLL, emulator: Emulator, tmp_path: Path) -> Gpu:
+    (tmp_path / "fatbin").write_bytes(FATBIN_MAGIC)
+    handle = library.hikui_cuda_open(os.fsencode(tmp_path / "fatbin"), os.fsencode(emulator.path))
+    assert handle, library.hikui_cuda_last_error()
+    return Gpu(library, c_void_p(handle))
+
+
+def near(value: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(value.double(), expected.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int4-g64", "int3-channel", "sign-g32", "mixed-g64-c64"])
+@pytest.mark.parametrize("m", [1, 3, 9])
+def test_a_site_with_its_branch(gpu: Gpu, name: str, m: int) -> None:
+    n, k, rank, fmt, half = 37, 160, 8, Format.parse(name), Format("float16")
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.full((n, k), fmt.levels[0], dtype=torch.int8)
+    if fmt.is_mixed:
+        codes[:, fmt.columns :] = 1
+    packed = pack(fmt, codes, torch.rand(n, fmt.groups(k), generator=generator))
+    assert packed.scale is not None
+    x, bias = torch.randn(m, k, generator=generator), torch.randn(n, generator=generator)
+    a, b = torch.randn(rank, k, generator=generator).half(), torch.randn(n, rank, generator=generator).half()
+
+    columns = activation_k(k)
+    outputs = (
+        torch.zeros(m, columns, dtype=torch.int8),
+        torch.zeros(m),
+        torch.zeros(m, columns // 32, dtype=torch.int32),
+    )
+    quantised = Activation(*map(gpu.put, outputs), m, columns)
+    matrix = Matrix(
+        gpu.put(packed.weight),
+        gpu.put(packed.scale),
+        n,
+        fmt.padded_k(k),
+        packed.weight.shape[1],
+        packed.scale.shape[1],
+    )
+    address, t, y = gpu.put(x), gpu.put(torch.zeros(m, rank)), gpu.put(torch.full((m, n), torch.nan))
+    gpu("quantize_activation", address, c_int32(k), 8, c_uint64(0), quantised)
+    gpu("linear_dense", b"float16", address, m, rank, k, gpu.put(pack(half, a).weight), c_uint64(0), t)
+    branch = Branch(gpu.put(pack(half, b).weight), t, rank)
+    gpu("linear_a8", fmt.kind.encode(), quantised, matrix, gpu.put(bias), branch, y)
+
+    q, scale, _ = quantize_activation(x)
+    weight = unpack(fmt, packed.weight, packed.scale, n, k)
+    expected = scale.unsqueeze(1) * (q[:, :k].float() @ weight.T) + bias + x @ a.float().T @ b.float().T
+    assert near(gpu.get(y, torch.empty(m, n)), expected)
+
+    gpu("linear", fmt.kind.encode(), b"float32", address, m, k, matrix, c_uint64(0), y)
+    assert near(gpu.get(y, torch.empty(m, n)), x @ weight.T)
+
+
+@pytest.mark.parametrize(("bits", "static"), [(8, False), (4, False), (8, True)])
+def test_quantisers(gpu: Gpu, bits: int, static: bool) -> None:
+    x, step = torch.randn(2, 100, generator=torch.Generator().manual_seed(7)), torch.tensor([0.02])
+    expected = quantize_activation_static(x, step) if static else quantize_activation(x, bits)
+    out = Activation(*(gpu.put(torch.zeros_like(tensor)) for tensor in expected), 2, 128)
+    gpu("quantize_activation", gpu.put(x), 100, bits, gpu.put(step) if static else c_uint64(0), out)
+    for address, tensor in zip((out.q, out.scale, out.sums), expected, strict=True):
+        assert torch.equal(gpu.get(c_uint64(address), tensor), tensor)
+
+
+def test_says_what_is_wrong(gpu: Gpu, library: ctypes.CDLL, emulator: Emulator, tmp_path: Path) -> None:
+    def reason(fatbin: Path, driver: bytes) -> str:
+        assert library.hikui_cuda_open(os.fsencode(fatbin), driver) is None
+        return str(library.hikui_cuda_last_error().decode())
+
+    driver = os.fsencode(emulator.path)
+    assert reason(tmp_path, b"libnone.so") == "No CUDA driver is here (libnone.so cannot be loaded)."
+    assert reason(tmp_path / "absent", driver) == f"{tmp_path / 'absent'} cannot be read."
+    (tmp_path / "wrong").write_bytes(b"none")
+    assert reason(tmp_path / "wrong", driver) == "cuModuleLoadData fails: emulated failure."
+    assert "has no function cuInit" in reason(tmp_path, b"libc.so.6")
+    activation, matrix = Activation(0, 0, 0, 1, 128), Matrix(0, 0, 1, 128, 16, 1)
+    wrong = gpu.refuses("linear_a8", b"int9", activation, matrix, c_uint64(0), Branch(0, 0, 0), c_uint64(0))
+    assert wrong == "There is no kernel hikui_linear_a8_int9_m1."
+    narrow = Activation(0, 0, 0, 1, 32)
+    assert "narrower" in gpu.refuses("linear_a8", b"int4", narrow, matrix, c_uint64(0), Branch(0, 0, 0), c_uint64(0))
+    assert "quantised to 128" in gpu.refuses("quantize_activation", c_uint64(0), 100, 8, c_uint64(0), narrow)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_an_artefact_for_a_gpu_carries_fatbin_and_loader(tmp_path: Path) -> None:
+    files, described = artefact.write(TARGETS["jetson-orin"], tmp_path)
+    assert sorted(files) == sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*"))
+    assert (tmp_path / "lib/aarch64-linux-gnu/hikui_kernels.fatbin").read_bytes()[:4] == FATBIN_MAGIC
+    assert elf.read_elf(tmp_path / "lib/aarch64-linux-gnu" / LIBRARY).triple == "aarch64-linux-gnu"
+    entry = described["cuda"]
+    assert isinstance(entry, dict) and entry["architectures"] == ["sm_87"] and "CPU" in entry["used_by"]
+    again, _ = artefact.write(TARGETS["jetson-orin"], tmp_path / "again")
+    assert all((tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in again)
+
+
+def test_without_the_toolkit_the_manifest_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    files, described = artefact.write(TARGETS["cuda-sm80"], tmp_path)
+    assert files == [] and "fatbinary is not here" in str(described)
+    assert artefact.write(TARGETS["x86-64-v3"], tmp_path) == ([], {})
