@@ -1,6 +1,8 @@
 """The machines that an artefact can be made for."""
 
+import os
 import platform
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -90,6 +92,18 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
         if key.strip().lower() in ("flags", "features"):
             return frozenset(value.split())
     return frozenset()
+
+
+def core_count(topology: Path = Path("/sys/devices/system/cpu")) -> int:
+    """Cores that this process may use; the threads of one core count once."""
+    firsts = set()
+    for cpu in os.sched_getaffinity(0):
+        try:
+            siblings = (topology / f"cpu{cpu}/topology/thread_siblings_list").read_text()
+            firsts.add(int(re.split("[,-]", siblings.strip())[0]))
+        except (OSError, ValueError):
+            firsts.add(cpu)
+    return len(firsts)
 
 
 def machine_triple() -> str:

@@ -3,6 +3,7 @@
 // The CPU is checked before the model's library is loaded, because code for a better CPU would die without a word.
 
 #include <dlfcn.h>
+#include <sched.h>
 #include <time.h>
 
 #include "engine.h"
@@ -242,6 +243,28 @@ void Serve(const Index& index, Engine* engine) {
   }
 }
 
+// How many cores this process may use; threads of one core count once. TVM's own guess takes every x86 for one with two
+// threads a core and so leaves half of the others idle.
+int64_t Cores() {
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return 1;
+  int64_t count = 0;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    char path[96];
+    snprintf(path, sizeof(path), "/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
+    FILE* file = fopen(path, "r");
+    int first = cpu;
+    if (file != nullptr) {
+      if (fscanf(file, "%d", &first) != 1) first = cpu;
+      fclose(file);
+    }
+    // A core whose first thread is not ours is counted by each of its others: too many are better than none.
+    if (first == cpu || first < 0 || first >= CPU_SETSIZE || !CPU_ISSET(first, &allowed)) ++count;
+  }
+  return count > 0 ? count : 1;
+}
+
 // Says which instruction set the kernels in the model's library use here, and which formats only have the fallback.
 void SayKernels(const Options& options) {
   void* library = dlopen(Path(options.directory, "model.so").c_str(), RTLD_NOW | RTLD_NOLOAD);
@@ -265,11 +288,9 @@ int Main(int count, char** words) {
   Index index;
   index.Read(Path(options.directory, "model.index").c_str());
   CheckCpu(index);
-  if (options.threads > 0) {
-    char text[24];
-    snprintf(text, sizeof(text), "%lld", static_cast<long long>(options.threads));
-    setenv("TVM_NUM_THREADS", text, 1);
-  }
+  char threads[24];
+  snprintf(threads, sizeof(threads), "%lld", static_cast<long long>(options.threads > 0 ? options.threads : Cores()));
+  setenv("TVM_NUM_THREADS", threads, options.threads > 0);
   TokenTexts texts;
   texts.Open(Path(options.directory, "model.tokens").c_str());
   double start = Now();

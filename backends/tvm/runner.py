@@ -14,7 +14,7 @@ import tvm_ffi
 from hikui.backends.runner.board import Board, BoardRunner
 from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, PARAMETERS, Index, map_parameters, read_index
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.target import cpu_features
+from hikui.lowering.target import core_count, cpu_features
 
 if TYPE_CHECKING:
     from hikui.lowering.generate import Runner
@@ -99,6 +99,9 @@ class _InProcess:
 @cache
 def _load_runtime() -> None:
     """Makes the virtual machine known to the process; TVM's runtime registers it when it is loaded."""
+    # TVM takes every x86 for one with two threads a core, and binds the calling thread to one of them.
+    os.environ.setdefault("TVM_NUM_THREADS", str(core_count()))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     library = metadata.distribution("apache-tvm").locate_file("tvm/lib/libtvm_runtime.so")
     ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
 

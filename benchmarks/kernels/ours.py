@@ -1,6 +1,7 @@
 """hikui's own products as contestants: int8 activations, quantised within the time as the other libraries do it."""
 
 import ctypes
+import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from benchmarks.kernels.subject import Prepared, Step, UnavailableError, Workloa
 from hikui.backends.kernels.build import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import GROUP, Operands, format_of
-from hikui.lowering.target import resolve
+from hikui.lowering.target import core_count, resolve
 
 KINDS = ("sign", "mixed", "int2", "ternary", "int3", "int4", "nf4", "fp4", "int8")
 RANK = 64
@@ -34,6 +35,9 @@ def set_threads(threads: int) -> None:
     """Gives the kernels that many threads of TVM's pool."""
     launch = None
     if threads > 1:
+        # TVM's own guess leaves half of the cores of an x86 idle, and it would bind the thread that all share.
+        os.environ.setdefault("TVM_NUM_THREADS", str(core_count()))
+        os.environ.setdefault("TVM_BIND_THREADS", "0")
         tvm.get_global_func("runtime.config_threadpool")(1, threads)
         runtime = ctypes.CDLL(next(str(p) for p in Path(tvm.__file__).parent.rglob("libtvm_runtime.so")))
         launch = ctypes.cast(runtime.TVMBackendParallelLaunch, ctypes.c_void_p).value

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hikui.lowering.errors import UsageError
-from hikui.lowering.target import TARGETS, cpu_features, resolve
+from hikui.lowering.target import TARGETS, core_count, cpu_features, resolve
 
 
 def test_the_features_of_a_cpu_are_read_on_both_architectures(tmp_path: Path) -> None:
@@ -15,6 +15,15 @@ def test_the_features_of_a_cpu_are_read_on_both_architectures(tmp_path: Path) ->
     arm.write_text("processor\t: 0\nFeatures\t: fp asimd asimddp\n")
     assert cpu_features(x86) == {"fpu", "avx2", "fma"}
     assert cpu_features(arm) == {"fp", "asimd", "asimddp"}
+
+
+def test_threads_of_a_core_count_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert core_count(tmp_path) == 4
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        (tmp_path / f"cpu{cpu}/topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}/topology/thread_siblings_list").write_text(siblings + "\n")
+    assert core_count(tmp_path) == 2
 
 
 def test_unknown_target_names_the_nearest() -> None:
