@@ -1,12 +1,10 @@
 """Random operands for timing products, and the timing of `hikui bench`; the benchmarks share the operands."""
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -125,16 +123,9 @@ class KernelUse:
     kernel: str
 
 
-def describe(path: Path) -> list[KernelUse]:
-    """What a shared library of kernels says of itself; it picks the instruction set first.
-
-    Args:
-        path: as `standalone.link` made it.
-    """
-    function = ctypes.CDLL(str(path)).hikui_kernels_describe
-    function.restype = ctypes.c_char_p
-    lines = (function() or b"").decode().splitlines()
-    return [KernelUse(*line.split(maxsplit=2)) for line in lines if line.strip()]
+def describe(library: Library) -> list[KernelUse]:
+    """What a library of kernels says of itself; it picks the instruction set first."""
+    return [KernelUse(kind, size, kernel) for (kind, size), kernel in library.describe().items()]
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,9 @@ def bench(
     target = resolve("host")
     with progress() as step, tempfile.TemporaryDirectory() as folder:
         step("kernels", 0, 1)
-        path = link(target.triple, target.isas, Path(folder) / "kernels.so")
-        library = Library(path)
+        library = Library(link(target.triple, target.isas, Path(folder) / "kernels.so"))
         isa = library.isa()
-        uses = measurement.describe(path)
+        uses = measurement.describe(library)
         step("kernels", 1, 1)
         timings = []
         for done, use in enumerate(uses):

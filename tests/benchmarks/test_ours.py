@@ -93,11 +93,11 @@ def test_two_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_library_says_which_kernels_it_uses(tmp_path: Path) -> None:
     target = resolve("host")
-    path = link(target.triple, target.isas, tmp_path / "kernels.so")
-    uses = measurement.describe(path)
+    found = Library(link(target.triple, target.isas, tmp_path / "kernels.so"))
+    uses = measurement.describe(found)
     assert {use.size for use in uses} == set(measurement.ROWS_OF_SIZE)
     assert {f"hikui_linear_a8_{use.kind}" for use in uses} <= set(SYMBOLS)
-    timing = measurement.measure(Library(path), uses[0], 64, 256)
+    timing = measurement.measure(found, uses[0], 64, 256)
     assert timing.gmacs > 0 and timing.gbs > 0 and timing.kernel == uses[0].kernel
 
 
