@@ -9,6 +9,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from hikui.backends import runner, toolchain
 from hikui.backends.base import BuildResult, Progress
+from hikui.backends.kernels.cuda import artefact as cuda
 from hikui.backends.onnxruntime import external_data, library
 from hikui.backends.onnxruntime.attention_rotary import RotateInAttention
 from hikui.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
@@ -88,6 +89,7 @@ class OnnxRuntimeBackend:
         script.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(Path(runner.__file__).with_name("ort_run.py"), script)
 
+        cuda_files, cuda_entry = cuda.write(target, directory)
         oldest = _oldest_onnxruntime(model)
         entry: dict[str, object] = {
             "onnxruntime": oldest,
@@ -98,9 +100,10 @@ class OnnxRuntimeBackend:
             "model": MODEL,
             "target": target.name,
             "triple": target.triple,
+            **cuda_entry,
         }
         (directory / DESCRIPTION).write_text(json.dumps(entry, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        files = tuple(sorted((DATA, MODEL, DESCRIPTION, SCRIPT, library_path)))
+        files = tuple(sorted((DATA, MODEL, DESCRIPTION, SCRIPT, library_path, *cuda_files)))
         return BuildResult(
             files, entry, {"glibc": toolchain.GLIBC, "onnxruntime": oldest, "onnxruntime_api": str(API_FLOOR)}
         )

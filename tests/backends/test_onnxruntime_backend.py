@@ -152,6 +152,17 @@ def test_the_graph_has_one_call_a_kernel_and_nothing_between(artefact: Path) -> 
     assert all(offset is not None and offset % 4096 == 0 for offset in offsets)
 
 
+def test_a_target_with_a_gpu_carries_its_kernels(tmp_path: Path) -> None:
+    result = OnnxRuntimeBackend().build(support.traced("gpt2"), resolve("jetson-orin"), tmp_path, no_progress)
+    said = json.loads((tmp_path / "model.json").read_text())["cuda"]
+    if "left_out" in said:
+        assert not [name for name in result.files if "cuda" in name]
+        pytest.skip(said["left_out"])
+    assert said["architectures"] == ["sm_87"]
+    assert {said["fatbin"], said["library"], said["header"]} <= set(result.files)
+    assert all((tmp_path / name).is_file() for name in result.files)
+
+
 @pytest.mark.parametrize("name", ["x86-64-v3", "raspberry-pi-5"])
 def test_the_library_is_for_the_target_and_an_old_glibc(name: str, tmp_path: Path) -> None:
     target = resolve(name)
