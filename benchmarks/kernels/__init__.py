@@ -1,7 +1,7 @@
 """Times hikui's products beside other libraries' and beside what the machine itself can do.
 
     python -m benchmarks.kernels                 everything, for tens of minutes
-    python -m benchmarks.kernels --only name=int4 --only m=1 --rounds 21
+    python -m benchmarks.kernels --only kind=int4 m=1 --rounds 21
     python -m benchmarks.kernels.quick           a few minutes: benchmarks/results/quick.json
 
 All of it multiplies float activations with a low-bit matrix: what a library does to quantise the activations is in its

@@ -15,9 +15,8 @@ _LANES = 4
 STEP = 9
 """What a row of activations takes of a prepared step, in quads: its own 8 and a sum."""
 
-PREPARED_BYTES = 80
-"""Bytes of prepared activations for 32 columns of a row: more than the 36 that they take, so that the last tile is
-whole too, from 8 rows on for tiles of 8 rows and from 2 on for tiles of 4."""
+PREPARED_BYTES = 4 * STEP
+"""Bytes of prepared activations for 32 columns of a row; the dispatcher gives room for whole tiles."""
 
 
 def prepare(rows: int, place: Callable[[int], tuple[int, int]], name: str) -> Any:
