@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from hikui.lowering.cache_shape import FLOAT_CACHE
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.text import TextCodec
 
@@ -57,6 +58,7 @@ class ModelEntry(_Entry):
     context_length: int
     vocabulary: int
     layers: int
+    cache_format: str = Field(default=FLOAT_CACHE, description="how keys and values are stored")
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
 
@@ -78,6 +80,7 @@ class SizesEntry(_Entry):
     linear_bytes: int
     weight_bytes: int = Field(description="every weight once: linear sites, embeddings, norms, biases")
     total_bytes: int = Field(description="every file of the artefact but the manifest")
+    cache_bytes: int | None = Field(default=None, description="of a full key-value cache; not part of any file")
     true_bpw: float = Field(description="bits per weight over the linear sites, the head among them")
 
 

@@ -52,6 +52,8 @@ class Prepared:
         passes: as they ran.
         records: what they did.
         calibration: what they were calibrated on, for the manifest.
+        floats: the last program in which every site was still float: what the packed matrices stand for, transforms
+            such as rotations folded in; None where it was not kept.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Prepared:
     passes: tuple[Pass, ...]
     records: tuple[StepRecord, ...]
     calibration: dict[str, str | int] | None
+    floats: Program | None = None
 
 
 def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
@@ -112,6 +115,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
             context_length=config.context_length,
             vocabulary=config.vocabulary,
             layers=len(config.caches),
+            cache_format=config.cache_format,
             bos_token_id=config.bos_token_id,
             eos_token_ids=config.eos_token_ids,
         ),
@@ -132,6 +136,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
             linear_bytes=taken.linear_bytes,
             weight_bytes=taken.total_bytes,
             total_bytes=sum(entry.bytes for entry in files.values()),
+            cache_bytes=config.cache_bytes,
             true_bpw=round(taken.true_bpw, 6),
         ),
         metrics=_metrics(program, sites),
@@ -196,8 +201,8 @@ def _files(source: Any) -> Iterable[Path]:
     """The files behind a tensor source, however it is wrapped."""
     if isinstance(source, FileTensor):
         return (source.path,)
-    inner = getattr(source, "source", None)
-    return () if inner is None else _files(inner)
+    inner = (getattr(source, name, None) for name in ("source", "qzeros", "scales", "g_idx"))
+    return tuple(path for part in inner if part is not None for path in _files(part))
 
 
 def toolchain() -> dict[str, str]:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.store import FileTensor, TensorInfo, TensorSource, WeightStore
+from hikui.lowering.quantised_checkpoint import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
+from hikui.lowering.quantised_matrix import QuantisedMatrix, TransposedMatrix
+from hikui.lowering.store import FileTensor, RowSource, TensorInfo, TensorSource, WeightStore
 
 _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
@@ -62,19 +64,23 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         config: config.json.
-        tensors: where each tensor lies, by its name in the checkpoint.
+        tensors: where each tensor lies, by its name in the checkpoint; a matrix that GPTQ or AWQ has quantised goes by
+            the name that it would have as floats.
+        quantisation: what the checkpoint says of its quantisation, if it is quantised.
     """
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, FileTensor]
+    tensors: Mapping[str, FileTensor | QuantisedMatrix]
+    quantisation: Quantisation | None = None
 
     @staticmethod
     def open(folder: Path) -> "Checkpoint":
         """Reads the config and the headers of all weight files.
 
         Raises:
-            HikuiError: The folder, its config or a weight file is missing, truncated or malformed.
+            HikuiError: The folder, its config or a weight file is missing, truncated or malformed, or the checkpoint is
+                quantised in a way that is not read.
         """
         if not folder.is_dir():
             raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
@@ -89,9 +95,13 @@ class Checkpoint:
             tensors = _read_index(folder / _PICKLE_INDEX, read_pickle)
         elif (folder / _PICKLE).is_file():
             tensors = read_pickle(folder / _PICKLE)
+        elif (named := _single_file_of_other_name(folder)) is not None:
+            tensors = read_safetensors(named)
         else:
             raise HikuiError(f"{folder} has no weights: none of {_SINGLE}, {_INDEX}, {_PICKLE} is there.")
-        return Checkpoint(folder, config, tensors)
+        quantisation = _quantisation(folder, config, tensors)
+        floats = tensors if quantisation is None else with_floats(quantisation, tensors)
+        return Checkpoint(folder, config, floats, quantisation)
 
     def generation_config(self) -> Mapping[str, Any]:
         """generation_config.json, or nothing where the folder has none."""
@@ -118,18 +128,29 @@ class Checkpoint:
                     return key
         return None
 
-    def source(self, key: str, name: str, shape: tuple[int, ...]) -> TensorSource:
+    def source(self, key: str, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> TensorSource:
         """The tensor of that key, floating point as float32, for the parameter `name` of the module.
+
+        Args:
+            key: one of `tensors`.
+            name: of the parameter, for messages.
+            shape: of the parameter.
+            transposed: the module keeps its matrices as [K, N], which quantised ones never are.
 
         Raises:
             HikuiError: Its shape is not the module's.
         """
         tensor = self.tensors[key]
-        if tensor.shape != shape:
+        given: TensorSource = tensor
+        if isinstance(tensor, QuantisedMatrix) and transposed:
+            given = TransposedMatrix(tensor)
+        if given.info.shape != shape:
             raise HikuiError(
-                f"The tensor '{key}' in {self.folder} has shape {list(tensor.shape)}, but by config.json {name} must "
-                f"have {list(shape)}; the config belongs to another checkpoint."
+                f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by config.json {name} "
+                f"must have {list(shape)}; the config belongs to another checkpoint."
             )
+        if isinstance(tensor, QuantisedMatrix):
+            return given
         if tensor.dtype in (torch.bfloat16, torch.float16):
             return FileTensor(tensor.path, tensor.offset, tensor.dtype, tensor.shape, widen=True)
         return Float32Tensor(tensor) if tensor.dtype == torch.float64 else tensor
@@ -140,6 +161,28 @@ class Checkpoint:
         if a.info != b.info:
             return False
         return all(torch.equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def _single_file_of_other_name(folder: Path) -> Path | None:
+    """The weights of an older quantised folder, which name the method and its options (`gptq_model-4bit-128g`)."""
+    files = sorted(folder.glob("*.safetensors"))
+    sided = any((folder / name).is_file() for name in SIDE_FILES)
+    return files[0] if sided and len(files) == 1 else None
+
+
+def _quantisation(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Quantisation | None:
+    """What config.json, or a file beside it in older folders, says of the quantisation."""
+    if config.get(CONFIG_KEY) is not None:
+        return parse_quantisation(config[CONFIG_KEY], folder / "config.json")
+    if any(key.endswith(".qweight") for key in tensors):
+        for name, method in SIDE_FILES.items():
+            if (folder / name).is_file():
+                return parse_quantisation(_read_json(folder / name), folder / name, method)
+        raise HikuiError(
+            f"{folder} holds quantised tensors (.qweight), but neither {CONFIG_KEY} in config.json nor any of "
+            f"{', '.join(SIDE_FILES)} says how; fetch the missing file."
+        )
+    return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -270,6 +313,11 @@ def _pieces(source: TensorSource) -> Iterator[Tensor]:
         for start in range(0, count, step):
             offset = source.offset + start * source.dtype.itemsize
             yield FileTensor(source.path, offset, source.dtype, (min(step, count - start),)).load()
+    elif isinstance(source, RowSource):
+        count, width = source.info.shape[0], math.prod(source.info.shape[1:])
+        step = max(1, _PIECE_BYTES // max(1, width * source.info.dtype.itemsize))
+        for start in range(0, count, step):
+            yield source.rows(start, min(start + step, count)).load().flatten()
     else:
         yield source.load().flatten()
 

@@ -57,6 +57,23 @@ def _cache_update_meta(cache: Tensor, new: Tensor, past: Tensor) -> Tensor:
     return torch.empty_like(cache, memory_format=torch.contiguous_format)
 
 
+def _cache_update_quantized(codes: Tensor, scale: Tensor, new: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    at = past + torch.arange(new.shape[2], device=past.device)
+    new_codes, new_scale = formats.quantize_cache(new, formats.cache_format(codes.dtype))
+    codes, scale = codes.index_copy(2, at, new_codes), scale.index_copy(2, at, new_scale)
+    held = torch.arange(codes.shape[2], device=past.device) < past + new.shape[2]
+    # What lies behind the last token may be of another text; nobody is to see it, nor a scale that is no number.
+    values = torch.where(held[:, None], formats.dequantize_cache(codes, scale), 0.0)
+    return values, codes.contiguous(), scale.contiguous()
+
+
+def _cache_update_quantized_meta(
+    codes: Tensor, scale: Tensor, new: Tensor, past: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    values = new.new_empty((1, codes.shape[1], codes.shape[2], new.shape[3]))
+    return values, _like_meta(codes), _like_meta(scale)
+
+
 # ── linear ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -186,8 +203,34 @@ def _attention_meta(
     return _like_meta(q), _like_meta(key_cache), _like_meta(value_cache)
 
 
+def _attention_quantized(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, key_scale: Tensor, value_scale: Tensor,
+    past: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    keys, key_cache, key_scale = _cache_update_quantized(key_cache, key_scale, k, past)
+    values, value_cache, value_scale = _cache_update_quantized(value_cache, value_scale, v, past)
+    repeat, mask = q.shape[1] // k.shape[1], _causal_mask(past, q.shape[2], keys.shape[2])
+    out = F.scaled_dot_product_attention(
+        q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), attn_mask=mask, scale=scale
+    )
+    return out.contiguous(), key_cache, value_cache, key_scale, value_scale
+
+
+def _attention_quantized_meta(
+    q: Tensor, k: Tensor, v: Tensor, key_cache: Tensor, value_cache: Tensor, key_scale: Tensor, value_scale: Tensor,
+    past: Tensor, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    caches = _like_meta(key_cache), _like_meta(value_cache), _like_meta(key_scale), _like_meta(value_scale)
+    return (_like_meta(q), *caches)
+
+
 _define("causal_mask(Tensor past, SymInt tokens, int context) -> Tensor", _causal_mask, _causal_mask_meta)
 _define("cache_update(Tensor cache, Tensor new, Tensor past) -> Tensor", _cache_update, _cache_update_meta)
+_define(
+    "cache_update_quantized(Tensor codes, Tensor scale, Tensor new, Tensor past) -> (Tensor, Tensor, Tensor)",
+    _cache_update_quantized,
+    _cache_update_quantized_meta,
+)
 _define(
     "linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, str format, int out_features) -> Tensor",
     _linear,
@@ -222,4 +265,10 @@ _define(
     " -> (Tensor, Tensor, Tensor)",
     _attention,
     _attention_meta,
+)
+_define(
+    "attention_quantized(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor key_scale,"
+    " Tensor value_scale, Tensor past, float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _attention_quantized,
+    _attention_quantized_meta,
 )

@@ -1,6 +1,8 @@
 """The whole way from a checkpoint to an artefact; only this and the command line know both passes and backends."""
 
+import os
 import resource
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,23 @@ from hikui.lowering import text
 from hikui.lowering.artefact import Artefact
 from hikui.lowering.assemble import Prepared, assemble
 from hikui.lowering.debug_dump import DebugDump
+from hikui.lowering.error_table import is_float
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.passes_base import Calibration, Pass, PassContext, PassResult, Progress, no_progress
+from hikui.lowering.jobs import Jobs
+from hikui.lowering.passes_base import (
+    Announce,
+    Calibration,
+    Pass,
+    PassContext,
+    PassResult,
+    Progress,
+    no_announcement,
+    no_progress,
+)
 from hikui.lowering.pipeline import Callback, Pipeline
 from hikui.lowering.program import Program
 from hikui.lowering.recipe import CalibrationSettings, Recipe
+from hikui.lowering.resume import Resume, run_key
 from hikui.lowering.staging import StagedFolder
 from hikui.lowering.target import Target, resolve
 from hikui.lowering.trace import trace
@@ -65,9 +79,16 @@ def model_source(model: str | Path | nn.Module) -> str | Path | nn.Module:
 
 
 class _KeepCanonical:
-    """Keeps the float program, which the report compares with: graphs are small and weights are shared."""
+    """Keeps the float program, which the report compares with: graphs are small and weights are shared.
 
-    program: Program | None = None
+    Args:
+        floats: keep the last program without a packed matrix too, with what passes have folded into its weights.
+    """
+
+    def __init__(self, floats: bool) -> None:
+        self.program: Program | None = None
+        self.floats: Program | None = None
+        self._keep_floats = floats
 
     def before(self, step: Pass, program: Program) -> None:
         """Nothing is kept before a pass."""
@@ -75,6 +96,8 @@ class _KeepCanonical:
     def after(self, step: Pass, result: PassResult, seconds: float) -> None:
         if step.name == "canonicalise" and self.program is None:
             self.program = result.program
+        if self._keep_floats and is_float(result.program):
+            self.floats = result.program
 
 
 def prepare(
@@ -87,11 +110,17 @@ def prepare(
     tokenizer: str | Path | None = None,
     debug_dump: str | Path | None = None,
     scratch: Path | None = None,
+    resume: Path | None = None,
+    memory: int | None = None,
+    jobs: Jobs | None = None,
+    keep_floats: bool = False,
     progress: Progress = no_progress,
+    announce: Announce = no_announcement,
 ) -> Prepared:
     """Traces a model and runs a recipe's passes on it.
 
-    The arguments are those of `lower`; `scratch` is a folder for tensors that passes make, None keeps them in memory.
+    The arguments are those of `lower`; `scratch` is a folder for tensors that passes make, None keeps them in memory;
+    `resume` is one for finished work, None keeps none; `keep_floats` keeps the last program whose sites were all float.
 
     Raises:
         HikuiError: the model, the recipe or the calibration text is at fault, in one sentence.
@@ -110,21 +139,36 @@ def prepare(
     traced = trace(model_source(model), context=context, scratch=scratch, tokenizer=tokenizer)
     progress("trace", 1, 1)
     data = None if path is None else read_calibration(traced, path, chosen.calibration)
-    keep = _KeepCanonical()
+    keep = _KeepCanonical(keep_floats)
     dumps: list[Callback] = [] if debug_dump is None else [DebugDump(Path(debug_dump), traced)]
     pipeline = Pipeline(passes, (keep, *dumps))
-    lowered = pipeline.run(traced, PassContext(data, scratch, progress))
+    chunks = () if data is None else data.chunks
+    resolved = chosen.resolved(available_passes())
+    kept = Resume() if resume is None else _resumed(resume, run_key(traced, resolved, chunks))
+    context_of_passes = PassContext(
+        data, scratch, progress, resume=kept, memory=memory, jobs=jobs or Jobs(), announce=announce
+    )
+    lowered = pipeline.run(traced, context_of_passes)
     return Prepared(
         _model_name(model),
         chosen,
-        chosen.resolved(available_passes()),
+        resolved,
         traced,
         keep.program,
         lowered,
         pipeline.passes,
         tuple(pipeline.records),
         None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
+        keep.floats,
     )
+
+
+def _resumed(folder: Path, key: str) -> Resume:
+    """Where the finished work of a run is; what other runs have left there is removed."""
+    for other in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if other.name != key:
+            shutil.rmtree(other, ignore_errors=True)
+    return Resume(folder / key)
 
 
 def build(
@@ -173,7 +217,11 @@ def lower(
     target_bpw: float | None = None,
     tokenizer: str | Path | None = None,
     debug_dump: str | Path | None = None,
+    resume: bool = True,
+    memory: int | None = None,
+    jobs: Jobs | None = None,
     progress: Progress = no_progress,
+    announce: Announce = no_announcement,
 ) -> Artefact:
     """Lowers a model to an artefact.
 
@@ -188,13 +236,19 @@ def lower(
         target_bpw: budget for the recipe's `assign` pass in bits per weight.
         tokenizer: folder with a tokenizer, instead of the model's own.
         debug_dump: folder for the program's text and its diff after each pass.
+        resume: keep what is finished in a hidden folder beside the output until all is, and go on from there after a
+            kill; what another model, recipe, text or version of hikui has left there is not used.
+        memory: bytes that passes may take; by default what the machine has free. A pass that needs more refuses.
+        jobs: how independent work is spread.
         progress: called with what is being done.
+        announce: told what passes are about to need.
 
     Raises:
         HikuiError: one sentence that says what is wrong and the way out.
     """
     board = resolve(target) if isinstance(target, str) else target
     builder = make_backend(backend)
+    finished = resume_folder(Path(output))
     with StagedFolder(Path(output), artefacts.MANIFEST) as staged:
         prepared = prepare(
             model,
@@ -205,10 +259,21 @@ def lower(
             tokenizer=tokenizer,
             debug_dump=debug_dump,
             scratch=staged.scratch,
+            resume=finished if resume else None,
+            memory=memory,
+            jobs=jobs,
             progress=progress,
+            announce=announce,
         )
         assemble(staged.content, prepared, board, builder, progress)
+    shutil.rmtree(finished, ignore_errors=True)
     return Artefact.load(staged.destination)
+
+
+def resume_folder(output: Path) -> Path:
+    """Where a run that makes `output` keeps what it has finished."""
+    whole = Path(os.path.abspath(output))
+    return whole.parent / f".{whole.name}.resume"
 
 
 def load_recipe(name: str | Path | Recipe, target_bpw: float | None = None) -> Recipe:

@@ -30,6 +30,12 @@ def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return dying
 
 
+def empty_cache(node: fx.Node) -> Tensor:
+    """Zeros of the shape and dtype of a cache placeholder: that cache before the first token."""
+    value = node.meta["val"]
+    return torch.zeros(tuple(int(size) for size in value.shape), dtype=value.dtype)
+
+
 def check_length(tokens: int, past: int, context: int) -> None:
     """Raises HikuiError where the cache cannot hold `tokens` more."""
     if past + tokens > context:
@@ -57,13 +63,8 @@ class Interpreter:
         self._dying = _last_uses(self._nodes)
 
     def new_caches(self) -> list[Tensor]:
-        """Empty caches, key and value of each layer in turn: float32 [1, KV, C, D] zeros."""
-        context = self.program.config.context_length
-        return [
-            torch.zeros(1, shape.heads, context, shape.head_size)
-            for shape in self.program.config.caches
-            for _ in ("key", "value")
-        ]
+        """Empty caches in the order of the program's inputs, each of its placeholder's shape and dtype."""
+        return [empty_cache(node) for node in self.program.cache_nodes()]
 
     def _weight(self, node: fx.Node) -> Tensor:
         key = self.program.weight_of(node)
@@ -145,10 +146,6 @@ def run_blocks(
         check_length(chunk.shape[1], 0, context)
     segments = block_segments(program)
     tokens, past, *caches = program.input_nodes()
-    cache_shapes = {
-        node: (1, program.config.caches[i // 2].heads, context, program.config.caches[i // 2].head_size)
-        for i, node in enumerate(caches)
-    }
     dying = _last_uses([node for segment in segments for node in segment])
     envs: list[dict[fx.Node, object]] = [{tokens: chunk, past: torch.tensor([0])} for chunk in chunks]
     for index, segment in enumerate(segments):
@@ -161,8 +158,8 @@ def run_blocks(
             env.update(weights)
             for node in segment:
                 for operand in node.all_input_nodes:
-                    if operand in cache_shapes and operand not in env:
-                        env[operand] = torch.zeros(cache_shapes[operand])
+                    if operand in caches and operand not in env:
+                        env[operand] = empty_cache(operand)
                 args, result = evaluate(node, env.__getitem__)
                 env[node] = result
                 observe(number, node, args, result)

@@ -12,7 +12,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from hikui.lowering.jobs import Jobs
 from hikui.lowering.program import Program
+from hikui.lowering.resume import Resume
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and how many there are."""
@@ -20,6 +22,14 @@ Progress = Callable[[str, int, int], None]
 
 def no_progress(label: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+Announce = Callable[[str], None]
+"""Called with a sentence on what is about to happen."""
+
+
+def no_announcement(sentence: str) -> None:
+    """What nobody reads."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,26 @@ class Calibration:
 
 @dataclass
 class PassContext:
-    """What a pass may use beside the program."""
+    """What a pass may use beside the program.
+
+    Attributes:
+        calibration: text to measure on, if any was given.
+        scratch: folder for tensors and for activations that do not fit in memory; None: memory, the system's folder.
+        resume: where finished work is kept; a pass has a scope of its own.
+        workers: threads; None is as many as torch uses. Results do not depend on it.
+        memory: bytes that a pass may need at its peak; None is what the machine has free.
+        jobs: where independent work is done.
+        announce: told what a pass is about to need.
+    """
 
     calibration: Calibration | None = None
     scratch: Path | None = None
     progress: Progress = no_progress
+    resume: Resume = field(default_factory=Resume)
+    workers: int | None = None
+    memory: int | None = None
+    jobs: Jobs = field(default_factory=Jobs)
+    announce: Announce = no_announcement
 
 
 @dataclass

@@ -5,7 +5,7 @@ pipeline := pass (',' pass)*        pass := name [ '{' option (',' option)* '}' 
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Protocol, get_type_hints
 
@@ -153,13 +153,14 @@ class Pipeline:
         context = context or PassContext()
         self.records = []
         verify(program)
-        for step in self.passes:
+        for index, step in enumerate(self.passes):
+            own = replace(context, resume=context.resume.scope(f"{index}-{step.name}"))
             for callback in self.callbacks:
                 callback.before(step, program)
             start = time.perf_counter()
             try:
                 step.requires(program)
-                result = step.run(program, context)
+                result = step.run(program, own)
                 verify(result.program)
                 step.ensures(result.program)
             except VerificationError as error:

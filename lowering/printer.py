@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from hikui.lowering.program import BLOCK, FORMAT, GROUP, SENSITIVITY, SITE, Program
+from hikui.lowering.program import BLOCK, CORRECTION, FORMAT, GROUP, SENSITIVITY, SITE, Program
 
 _DTYPES = {
     torch.float32: "f32",
@@ -19,7 +19,7 @@ _DTYPES = {
     torch.int64: "i64",
     torch.bool: "i1",
 }
-_ANNOTATIONS = (SITE, GROUP, BLOCK, FORMAT, SENSITIVITY)
+_ANNOTATIONS = (SITE, GROUP, BLOCK, FORMAT, CORRECTION, SENSITIVITY)
 
 
 class _Symbols:

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 import hikui.lowering.dialect  # noqa: F401  (registers the hikui ops that graphs hold)
+from hikui.lowering.cache_shape import FLOAT_CACHE, CacheShape, CacheTensor
 from hikui.lowering.errors import VerificationError
 from hikui.lowering.store import WeightStore
 
@@ -38,6 +39,8 @@ GROUP = "hikui.group"
 STATISTICS = "hikui.statistics"
 SENSITIVITY = "hikui.sensitivity"
 FORMAT = "hikui.format"
+CORRECTION = "hikui.correction"
+FLOAT_WEIGHT = "hikui.float_weight"
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tuple[Any, ...], object]:
@@ -50,14 +53,6 @@ def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tupl
 
 
 @dataclass(frozen=True)
-class CacheShape:
-    """Shape of one layer's key (and value) cache: [1, heads, context length, head_size]."""
-
-    heads: int
-    head_size: int
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """What a runner must know of the model."""
 
@@ -67,6 +62,24 @@ class ModelConfig:
     architecture: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+
+    def cache_tensors(self) -> tuple[CacheTensor, ...]:
+        """Every cache tensor with its layer's number in its name, in the order of the inputs and outputs."""
+        return tuple(
+            replace(tensor, kind=f"{tensor.kind}_{layer}")
+            for layer, cache in enumerate(self.caches)
+            for tensor in cache.tensors(self.context_length)
+        )
+
+    @property
+    def cache_format(self) -> str:
+        """How the caches are stored: one format, or those of the layers joined by `+`, sorted."""
+        return "+".join(sorted({cache.format for cache in self.caches})) or FLOAT_CACHE
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all caches at the full context length."""
+        return sum(cache.nbytes(self.context_length) for cache in self.caches)
 
 
 @dataclass
@@ -98,6 +111,10 @@ class Program:
     def input_nodes(self) -> list[fx.Node]:
         """tokens, past, key_cache_0, value_cache_0, …"""
         return [node for node in self._placeholders() if WEIGHT not in node.meta]
+
+    def cache_nodes(self) -> list[fx.Node]:
+        """key_cache_0, value_cache_0, … and, where the cache is quantised, their scales."""
+        return self.input_nodes()[2:]
 
     @property
     def output_node(self) -> fx.Node:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -76,6 +76,25 @@ def _float_sites(program: Program) -> dict[str, str]:
 
 
 def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> float:
+    difference = total = 0.0
+    for rows, approximation in matrices(program, node, floats, key):
+        difference += float((rows - approximation).square().sum(dtype=torch.float64))
+        total += float(rows.square().sum(dtype=torch.float64))
+    # Three digits: beyond them, the order of a sum on another machine would show.
+    return float(f"{math.sqrt(difference / total):.3g}") if total else 0.0
+
+
+def matrices(program: Program, node: fx.Node, floats: WeightStore, key: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time, the float matrix of a packed site and what the site multiplies with: float32 [rows, K] each.
+
+    Both have their columns in the packed site's order; a branch inside the site's op is part of the second.
+
+    Args:
+        program: the lowered program.
+        node: a call of one of `OPERANDS`.
+        floats: holds the float matrix under `key`.
+        key: its store key.
+    """
     places = OPERANDS[node.target]
     fmt = Format.parse(str(node.args[places.format]))
     n, k = floats.info(key).shape
@@ -89,7 +108,6 @@ def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> fl
     held = column_order(node)
     order = None if held is None else program.store.load(program.weight_of(held)).long()
     branch = tuple(tensor for position in places.branch if (tensor := load(position)) is not None)
-    difference = total = 0.0
     # By blocks of rows: unpacked, the head of a large vocabulary takes gigabytes.
     for block in range(0, weight.shape[0], _BLOCKS):
         blocks = slice(block, block + _BLOCKS)
@@ -99,10 +117,7 @@ def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> fl
         approximation = unpack(fmt, weight[blocks], None if scale is None else scale[blocks], count, k)
         if branch:
             approximation += _product(branch[0], branch[1][blocks], count, k)
-        difference += float((rows - approximation).square().sum(dtype=torch.float64))
-        total += float(rows.square().sum(dtype=torch.float64))
-    # Three digits: beyond them, the order of a sum on another machine would show.
-    return float(f"{math.sqrt(difference / total):.3g}") if total else 0.0
+        yield rows, approximation
 
 
 def _product(a: Tensor, b: Tensor, n: int, k: int) -> Tensor:

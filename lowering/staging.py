@@ -66,7 +66,8 @@ class StagedFolder:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
             return HikuiError(
-                f"{self.destination} cannot be written: {reason}; make room or choose another -o. Nothing was left."
+                f"{self.destination} cannot be written: {reason}; make room or choose another -o. No part of an "
+                "artefact was left."
             )
         return HikuiError(f"{self.destination} cannot be written: {reason}; choose another -o.")
 

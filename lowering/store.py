@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ class TensorSource(Protocol):
     def info(self) -> TensorInfo: ...
 
     def load(self) -> Tensor: ...
+
+
+@runtime_checkable
+class RowSource(TensorSource, Protocol):
+    """A source that can produce a part of its tensor, along the first dimension, without the rest."""
+
+    def rows(self, start: int, stop: int) -> TensorSource: ...
 
 
 @dataclass(frozen=True)
@@ -154,9 +161,9 @@ class WeightStore:
         return self._source(key).load()
 
     def load_rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Part of a tensor along its first dimension; the rest is not read where the source is a file."""
+        """Part of a tensor along its first dimension; the rest is not read where the source can do without."""
         source = self._source(key)
-        return source.rows(start, stop).load() if isinstance(source, FileTensor) else source.load()[start:stop]
+        return source.rows(start, stop).load() if isinstance(source, RowSource) else source.load()[start:stop]
 
     def put(self, key: str, tensor: Tensor) -> None:
         """Stores a tensor under a name, replacing what this store (not its forks) had there."""

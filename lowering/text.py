@@ -16,8 +16,8 @@ SEPARATOR = "<|endoftext|>"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a text file, stripped, empty ones left out.
+def read_text(path: Path) -> str:
+    """A text file as it stands, separators included.
 
     Raises:
         UsageError: the file cannot be read, is not UTF-8, or holds no text.
@@ -28,10 +28,23 @@ def read_documents(path: Path) -> list[str]:
         raise UsageError(f"The text {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"The text {path} is not UTF-8: byte {error.start} cannot be read.") from None
-    documents = [document for part in text.split(SEPARATOR) if (document := part.strip())]
-    if not documents:
+    if not split_documents(text):
         raise UsageError(f"The text {path} is empty; give one with at least a sentence in it.")
-    return documents
+    return text
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file, stripped, empty ones left out.
+
+    Raises:
+        UsageError: as `read_text`.
+    """
+    return split_documents(read_text(path))
+
+
+def split_documents(text: str) -> list[str]:
+    """The documents of a text, stripped, empty ones left out."""
+    return [document for part in text.split(SEPARATOR) if (document := part.strip())]
 
 
 class TextCodec:
@@ -58,6 +71,11 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of a text, without special tokens, and where in the text each token ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return list(encoding.ids), [end for _, end in encoding.offsets]
 
     def decode(self, tokens: list[int]) -> str:
         """The text of token ids, without special tokens."""

@@ -1,8 +1,10 @@
 """Checks that a program keeps the invariants which every pass and backend relies on."""
 
+import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from hikui.lowering.cache_shape import CacheTensor
 from hikui.lowering.errors import UsageError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.program import Program
@@ -50,21 +52,28 @@ def _verify_inputs(program: Program) -> None:
                 f"Placeholder {node.name} is {value.dtype}{tuple(value.shape)}, "
                 f"but '{key}' is {info.dtype}{info.shape}."
             )
-    inputs, layers = program.input_nodes(), len(program.config.caches)
-    if len(inputs) != 2 + 2 * layers:
-        raise VerificationError(f"The program has {len(inputs)} inputs; tokens, past and {2 * layers} caches are due.")
-    for index, shape in enumerate(program.config.caches):
-        want = (1, shape.heads, program.config.context_length, shape.head_size)
-        for node in inputs[2 + 2 * index : 4 + 2 * index]:
-            if tuple(node.meta["val"].shape) != want:
-                raise VerificationError(f"Cache {node.name} has shape {tuple(node.meta['val'].shape)}, not {want}.")
+    inputs, due = program.input_nodes(), program.config.cache_tensors()
+    if len(inputs) != 2 + len(due):
+        raise VerificationError(f"The program has {len(inputs)} inputs; tokens, past and {len(due)} caches are due.")
+    for node, want in zip(program.cache_nodes(), due, strict=True):
+        _verify_cache(node, want)
+
+
+def _verify_cache(node: fx.Node, want: CacheTensor) -> None:
+    value = node.meta["val"]
+    if tuple(value.shape) != want.shape or value.dtype != getattr(torch, want.dtype):
+        raise VerificationError(
+            f"Cache {node.name} is {value.dtype}{tuple(value.shape)}, not {want.dtype}{want.shape} ({want.kind})."
+        )
 
 
 def _verify_outputs(program: Program) -> None:
     outputs = program.outputs()
-    due = 1 + 2 * len(program.config.caches)
-    if len(outputs) != due:
-        raise VerificationError(f"The program must return a tuple of {due}: the logits and the caches.")
+    caches = program.config.cache_tensors()
+    if len(outputs) != 1 + len(caches):
+        raise VerificationError(f"The program must return a tuple of {1 + len(caches)}: the logits and the caches.")
+    for node, want in zip(outputs[1:], caches, strict=True):
+        _verify_cache(node, want)
     value = outputs[0].meta.get("val")
     if not isinstance(value, FakeTensor) or value.dim() != 3 or value.shape[-1] != program.config.vocabulary:
         raise VerificationError(f"The first output is not logits of shape [1, T, {program.config.vocabulary}].")

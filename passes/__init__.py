@@ -9,46 +9,76 @@ from importlib.metadata import entry_points
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.passes_base import Pass
 from hikui.passes.activation import Activation
+from hikui.passes.adopt import Adopt
 from hikui.passes.assign import Assign
+from hikui.passes.awq import Awq
 from hikui.passes.calibrate import Calibrate
 from hikui.passes.canonicalise import Canonicalise
 from hikui.passes.dead_code import DeadCode
 from hikui.passes.fuse import Fuse
+from hikui.passes.gptq import Gptq
+from hikui.passes.hqq import Hqq
+from hikui.passes.kv_cache import KvCache
+from hikui.passes.learned_clip import LearnedClip
 from hikui.passes.mixed import Mixed
+from hikui.passes.mxfp4 import Mxfp4
 from hikui.passes.override import Override
 from hikui.passes.pack import Pack
+from hikui.passes.qep import Qep
+from hikui.passes.rotate import Rotate
 from hikui.passes.rtn import Rtn
 from hikui.passes.sensitivity import Sensitivity
+from hikui.passes.smooth import Smooth
 from hikui.passes.sub_branch import SubBranch
 
 __all__ = [
     "ENTRY_POINTS",
     "PASSES",
     "Activation",
+    "Adopt",
     "Assign",
+    "Awq",
     "Calibrate",
     "Canonicalise",
     "DeadCode",
     "Fuse",
+    "Gptq",
+    "Hqq",
+    "KvCache",
+    "LearnedClip",
     "Mixed",
+    "Mxfp4",
     "Override",
     "Pack",
+    "Qep",
+    "Rotate",
     "Rtn",
     "Sensitivity",
+    "Smooth",
     "SubBranch",
     "available",
 ]
 
 PASSES: tuple[type[Pass], ...] = (
     Canonicalise,
+    Rotate,
     Calibrate,
+    Smooth,
+    Awq,
     Sensitivity,
     Override,
+    Adopt,
     Assign,
     Mixed,
+    Qep,
     Rtn,
+    Hqq,
+    Mxfp4,
+    Gptq,
+    LearnedClip,
     SubBranch,
     Activation,
+    KvCache,
     Fuse,
     Pack,
     DeadCode,

@@ -7,47 +7,24 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError, VerificationError
-from hikui.lowering.interpreter import run_blocks
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import SITE, STATISTICS, Program
-from hikui.passes.graph import float_sites, groups
+from hikui.lowering.resume import Resume
+from hikui.lowering.streaming import Stream
+from hikui.lowering.workers import Workers
+from hikui.passes.evidence import Sums
+from hikui.passes.footprint import estimate, refuse_what_cannot_fit
+from hikui.passes.graph import blocks, float_sites, groups
 
-
-class _Sums:
-    """Running sums over the tokens that one activation has seen, in float64."""
-
-    def __init__(self, width: int, *, gram: bool) -> None:
-        self.tokens = 0
-        self.squares = torch.zeros(width, dtype=torch.float64)
-        self.largest = torch.zeros(width, dtype=torch.float32)
-        self.gram = torch.zeros(width, width, dtype=torch.float64) if gram else None
-
-    def add(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        wide = rows.double()
-        self.tokens += rows.shape[0]
-        self.squares += wide.square().sum(0)
-        self.largest = torch.maximum(self.largest, rows.abs().amax(0))
-        if self.gram is not None:
-            self.gram.addmm_(wide.t(), wide)
-
-    def tensors(self) -> dict[str, Tensor]:
-        out = {
-            "mean_square": (self.squares / self.tokens).float(),
-            "max_abs": self.largest,
-            "tokens": torch.tensor(self.tokens, dtype=torch.int64),
-        }
-        if self.gram is not None:
-            out["gram"] = self.gram / self.tokens
-        return out
+_KINDS = frozenset({"mean_square", "max_abs", "mean_abs"})
 
 
 @dataclass(frozen=True)
 class Calibrate(Pass):
-    """Measures the mean square and the largest magnitude of every input column of every site.
+    """Measures the mean square and the mean and largest magnitude of every input column of every site.
 
-    Tied sites share one set of statistics, kept in the store under `statistics/<group>/…`: `mean_square` float32 [K],
-    `max_abs` float32 [K], `tokens` int64 [], and `gram` float64 [K, K].
+    Tied sites share one set of statistics, kept in the store under `statistics/<group>/…`: `mean_square`, `max_abs` and
+    `mean_abs` float32 [K], `tokens` int64 [], and `gram` float64 [K, K].
 
     Attributes:
         gram: also measure E[x·xᵀ], which the whitened branch and the exact output error need; K² float64 a group.
@@ -66,47 +43,84 @@ class Calibrate(Pass):
         """Runs the calibration text through the program; the numbers do not depend on the order of the sites.
 
         Raises:
-            HikuiError: no calibration text was given, or an activation is NaN or infinite.
+            HikuiError: no calibration text was given, an activation is NaN or infinite, or there is too little memory.
         """
         if context.calibration is None:
             raise HikuiError(
                 "It measures the model on real text and none was given; give some with --calibration TEXT_FILE."
             )
         work = program.clone()
-        tied = groups(float_sites(work))
-        first = {members[0]: name for name, members in tied.items()}
-        sums: dict[str, _Sums] = {}
-
-        def observe(chunk: int, node: fx.Node, args: tuple[object, ...], result: object) -> None:
-            if node not in first:
-                return
-            x = args[0]
-            assert isinstance(x, Tensor)
-            if first[node] not in sums:
-                sums[first[node]] = _Sums(x.shape[-1], gram=self.gram)
-            sums[first[node]].add(x)
-
-        def progress(_: str, done: int, total: int) -> None:
-            context.progress("calibrate", done, total)
-
-        run_blocks(work, context.calibration.chunks, observe, progress)
-        news = [self._store(work, name, members, sums[name]) for name, members in tied.items()]
-        if not any(news):
+        with Workers(context.workers) as workers:
+            new = self._measure(work, context, workers)
+        if not new:
             return PassResult(program, False)
         tokens = sum(chunk.shape[1] for chunk in context.calibration.chunks)
         source = f" of {context.calibration.source}" if context.calibration.source else ""
-        return PassResult(work, True, [f"{len(tied)} activations measured on {tokens} tokens{source}"])
+        measured = len(groups(float_sites(work)))
+        return PassResult(work, True, [f"{measured} activations measured on {tokens} tokens{source}"])
 
-    def _store(self, program: Program, name: str, members: list[fx.Node], sums: _Sums) -> bool:
-        """Keeps the statistics of a group; returns whether they say anything new."""
-        if not bool(sums.squares.isfinite().all()):
+    def _measure(self, work: Program, context: PassContext, workers: Workers) -> bool:
+        """Measures block by block; returns whether anything is new."""
+        assert context.calibration is not None
+        texts, walk = context.calibration.chunks, blocks(float_sites(work))
+        footprint = estimate(
+            work, walk, texts, streams=1, matrices=int(self.gram), spare=0, corrected=False, workers=workers.count
+        )
+        context.announce(f"{self.name} needs {footprint}")
+        refuse_what_cannot_fit(footprint, context)
+        resume, new, done, total = context.resume, False, 0, sum(map(len, walk))
+        finished = next((i for i in range(len(walk)) if resume.load(f"finished-{i}") is None), len(walk))
+        with Stream(work, texts, workers, scratch=context.scratch) as stream:
+            if 0 < finished < len(walk):
+                stream.restore(resume.scope(f"stream-{finished - 1}"))
+            for index, block in enumerate(walk):
+                kept = resume.scope(f"block-{index}")
+                for members in block:
+                    name = next(name for name, tied in groups(members).items() if tied)
+                    found = kept.load(name) if index < finished else None
+                    new |= self._store(work, name, members, found or self._group(stream, members, workers, name, kept))
+                    done += 1
+                    context.progress("calibrate", done, total)
+                if resume and index >= finished:
+                    if index + 1 < len(walk):
+                        stream.save(resume.scope(f"stream-{index}"))
+                    resume.save(f"finished-{index}", {"done": torch.tensor(1)})
+                    if index:
+                        resume.scope(f"stream-{index - 1}").drop()
+        return new
+
+    def _group(
+        self, stream: Stream, members: list[fx.Node], workers: Workers, name: str, kept: Resume
+    ) -> dict[str, Tensor]:
+        """Brings the stream to tied sites and measures what they read."""
+        sums: list[Sums] = []
+
+        def observe(number: int, args: tuple[object, ...], _: object) -> None:
+            x = args[0]
+            assert isinstance(x, Tensor)
+            if not sums:
+                sums.append(Sums(x.shape[-1], _KINDS | ({"gram"} if self.gram else set()), workers))
+            sums[0].add(x)
+
+        stream.advance(members[0], {members[0]: observe})
+        (measured,) = sums
+        if not measured.finite:
             raise HikuiError(
                 f"Site {members[0].meta[SITE]} reads NaN or infinite activations on the calibration text; the model "
                 "itself is broken there."
             )
+        evidence = measured.evidence()
+        every = {kind: getattr(evidence, kind) for kind in (*sorted(_KINDS), "gram")}
+        out = {kind: tensor for kind, tensor in every.items() if tensor is not None}
+        out["tokens"] = torch.tensor(measured.tokens, dtype=torch.int64)
+        kept.save(name, out)
+        return out
+
+    def _store(self, program: Program, name: str, members: list[fx.Node], measured: dict[str, Tensor]) -> bool:
+        """Keeps the statistics of a group; returns whether they say anything new."""
         new = False
         keys = {}
-        for kind, tensor in sums.tensors().items():
+        for kind, tensor in measured.items():
             key = keys[kind] = f"statistics/{name}/{kind}"
             if key not in program.store or not torch.equal(program.store.load(key), tensor):
                 program.store.put(key, tensor)

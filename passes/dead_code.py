@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
-from hikui.lowering.program import STATISTICS, Program
-from hikui.passes.graph import FLOAT_WEIGHT, erase_dead
+from hikui.lowering.program import FLOAT_WEIGHT, STATISTICS, Program
+from hikui.passes.graph import erase_dead
 
 
 @dataclass(frozen=True)

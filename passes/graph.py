@@ -10,6 +10,7 @@ from torch import fx
 from hikui.lowering.errors import UsageError
 from hikui.lowering.program import (
     BLOCK,
+    FLOAT_WEIGHT,
     FORMAT,
     GROUP,
     SENSITIVITY,
@@ -21,9 +22,6 @@ from hikui.lowering.program import (
 
 aten = torch.ops.aten
 hikui = torch.ops.hikui
-
-FLOAT_WEIGHT = "hikui.float_weight"
-"""Metadata of a packed site: the store key of the float matrix that it came from."""
 
 FIXED = "hikui.fixed_format"
 """Metadata of a site whose format `override` has fixed: `assign` keeps it."""
@@ -140,6 +138,19 @@ def groups(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:
     out: dict[str, list[fx.Node]] = {}
     for node in nodes:
         out.setdefault(node.meta[GROUP], []).append(node)
+    return out
+
+
+def blocks(nodes: list[fx.Node]) -> list[list[list[fx.Node]]]:
+    """Tied groups of sites by the block that they are in, all in graph order; what has no block is one of its own."""
+    out: list[list[list[fx.Node]]] = []
+    current: object = None
+    for members in groups(nodes).values():
+        block = members[0].meta.get(BLOCK, members[0])
+        if not out or block != current:
+            out.append([])
+        current = block
+        out[-1].append(members)
     return out
 
 

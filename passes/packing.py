@@ -7,9 +7,10 @@ from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import ROWS, Format, Packed
-from hikui.lowering.program import FORMAT, SITE, Program
+from hikui.lowering.program import FLOAT_WEIGHT, FORMAT, SITE, Program
+from hikui.lowering.store import WeightStore
+from hikui.lowering.workers import Workers
 from hikui.passes.graph import (
-    FLOAT_WEIGHT,
     aten,
     hikui,
     insert,
@@ -19,7 +20,7 @@ from hikui.passes.graph import (
     replace,
 )
 
-_PART = 1 << 24
+_PART = 1 << 22
 """Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
 
 
@@ -30,8 +31,12 @@ def load_finite(program: Program, weight: fx.Node, site: str, rows: slice | None
         HikuiError: it holds NaN or infinite values.
     """
     key = program.weight_of(weight)
-    tensor = program.store.load(key) if rows is None else program.store.load_rows(key, rows.start, rows.stop)
-    tensor = tensor.float()
+    return finite_rows(program.store, key, site, rows)
+
+
+def finite_rows(store: WeightStore, key: str, site: str, rows: slice | None = None) -> Tensor:
+    """A float32 matrix of a store, or some of its rows; see `load_finite`."""
+    tensor = (store.load(key) if rows is None else store.load_rows(key, rows.start, rows.stop)).float()
     bad = int(tensor.numel() - tensor.isfinite().sum())
     if bad:
         raise HikuiError(
@@ -42,7 +47,13 @@ def load_finite(program: Program, weight: fx.Node, site: str, rows: slice | None
 
 
 def pack_by_rows(
-    program: Program, weight: fx.Node, site: str, fmt: Format, pack_rows: Callable[[Tensor], Packed]
+    program: Program,
+    weight: fx.Node,
+    site: str,
+    fmt: Format,
+    pack_rows: Callable[[Tensor], Packed],
+    workers: Workers | None = None,
+    instead: Tensor | None = None,
 ) -> Packed:
     """Packs a stored matrix a part at a time.
 
@@ -52,6 +63,8 @@ def pack_by_rows(
         site: for error sentences.
         fmt: the format.
         pack_rows: packs some whole rows.
+        workers: do the parts; by default they are done one after the other.
+        instead: float32 [n, k], what to pack in the stored matrix's place.
 
     Raises:
         HikuiError: it holds NaN or infinite values.
@@ -60,15 +73,22 @@ def pack_by_rows(
     scale_shape = fmt.scale_shape(n, k)
     packed = torch.empty(fmt.weight_shape(n, k), dtype=fmt.weight_dtype)
     scale = None if scale_shape is None else torch.empty(scale_shape, dtype=torch.float16)
-    step = max(1, _PART // (k * ROWS)) * ROWS
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        part = pack_rows(load_finite(program, weight, site, slice(start, stop)))
-        blocks = slice(start // ROWS, -(-stop // ROWS))
+
+    def fill(rows: slice) -> None:
+        part = pack_rows(load_finite(program, weight, site, rows) if instead is None else instead[rows])
+        blocks = slice(rows.start // ROWS, -(-rows.stop // ROWS))
         packed[blocks] = part.weight
         if scale is not None and part.scale is not None:
             scale[blocks] = part.scale
+
+    (workers or Workers(1)).each(fill, row_parts(n, k))
     return Packed(packed, scale)
+
+
+def row_parts(n: int, k: int) -> list[slice]:
+    """The rows of a matrix in parts of whole blocks of the packed layout, small enough to be worked on at once."""
+    step = max(1, _PART // (k * ROWS)) * ROWS
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def replace_with_packed(

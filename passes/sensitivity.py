@@ -9,15 +9,13 @@ from torch import Tensor, fx
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
-from hikui.lowering.program import GROUP, SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.program import SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.store import TensorSource, WeightStore
 from hikui.passes.columns import column_order, require_mixable
 from hikui.passes.formats import parse_formats
-from hikui.passes.graph import float_sites, groups, weight_of
-from hikui.passes.packing import load_finite
+from hikui.passes.graph import blocks, float_sites, weight_of
+from hikui.passes.packing import finite_rows, row_parts
 from hikui.passes.rounding import dequantise, round_matrix
-
-_CHUNK = 1 << 22
-"""Weights compared at a time, which bounds the float64 copies."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +55,30 @@ class Sensitivity(Pass):
                     )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Works site by site; at most one float matrix and its rounded form are in memory.
+        """Works block by block, one job each; some rows of a matrix and their rounded form are in memory.
 
         Raises:
             HikuiError: a site's weights hold NaN or infinite values, or do not fit a format's scales.
         """
         work = program.clone()
         chosen = float_sites(work)
-        formats, tied = parse_formats(self.formats), groups(chosen)
-        orders = {
-            (name, fmt): column_order(work, members, fmt).long()
-            for name, members in tied.items()
-            for fmt in formats
-            if fmt.is_mixed
-        }
-        for index, node in enumerate(chosen):
-            context.progress("sensitivity", index, len(chosen))
-            node.meta[SENSITIVITY] = self._measure(work, node, formats, orders)
-        context.progress("sensitivity", len(chosen), len(chosen))
+        tasks = [self._task(work, block) for block in blocks(chosen)]
+        costs: dict[str, dict[str, float]] = {}
+        todo = []
+        for index, task in enumerate(tasks):
+            kept = context.resume.load(f"block-{index}")
+            if kept is None:
+                todo.append(index)
+            else:
+                costs.update(_costs(task, kept["costs"]))
+        done = len(tasks) - len(todo)
+        for at, measured in context.jobs.results(measure, [tasks[index] for index in todo]):
+            context.resume.save(f"block-{todo[at]}", {"costs": measured})
+            costs.update(_costs(tasks[todo[at]], measured))
+            done += 1
+            context.progress("sensitivity", done, len(tasks))
+        for node in chosen:
+            node.meta[SENSITIVITY] = costs[node.meta[SITE]]
         before = [node.meta.get(SENSITIVITY) for node in float_sites(program)]
         if before == [node.meta[SENSITIVITY] for node in chosen]:
             return PassResult(program, False)
@@ -83,42 +87,22 @@ class Sensitivity(Pass):
             key=lambda node: (max(node.meta[SENSITIVITY].values()), node.meta[SITE]),
         )
         label = "pbar, after Squeeze10" if self.metric == "pbar" else self.metric
+        formats = parse_formats(self.formats)
         note = f"{label}: {len(chosen)} sites in {len(formats)} formats; the largest error is {worst.meta[SITE]}'s"
         return PassResult(work, True, [note])
 
-    def _measure(
-        self, program: Program, node: fx.Node, formats: list[Format], orders: dict[tuple[str, Format], Tensor]
-    ) -> dict[str, float]:
-        site = node.meta[SITE]
-        weight = load_finite(program, weight_of(node), site)
-        out = {}
-        for fmt in formats:
-            if fmt.is_integer:
-                order = orders.get((node.meta[GROUP], fmt))
-                try:
-                    ordered = weight if order is None else weight[:, order]
-                    rounded = dequantise(round_matrix(ordered, fmt, self.clip), fmt)
-                except OverflowError as error:
-                    raise HikuiError(f"Site {site} as {fmt}: {error}; leave the format out.") from error
-                rounded = rounded if order is None else rounded[:, order.argsort()]
-            else:
-                rounded = weight.to(fmt.weight_dtype).float()
-            out[str(fmt)] = self._cost(program, node, weight, rounded)
-        return out
-
-    def _cost(self, program: Program, node: fx.Node, weight: Tensor, rounded: Tensor) -> float:
-        if self.metric == "weight":
-            metric = torch.ones(weight.shape[1], dtype=torch.float64)
-        else:
-            keys = node.meta[STATISTICS]
-            exact = self.metric == "output" and "gram" in keys
-            metric = program.store.load(keys["gram" if exact else "mean_square"]).double()
-        error = _energy(weight, rounded, metric)
-        if self.metric == "pbar":
-            return error
-        total = _energy(weight, None, metric)
-        # A site whose output is nothing loses nothing.
-        return error / total if total > 0 else 0.0
+    def _task(self, program: Program, block: list[list[fx.Node]]) -> "Task":
+        """What a process needs to measure the sites of a block, without the program."""
+        formats, out = parse_formats(self.formats), []
+        for members in block:
+            orders = {str(fmt): column_order(program, members, fmt).long() for fmt in formats if fmt.is_mixed}
+            for node in members:
+                keys = {} if self.metric == "weight" else node.meta[STATISTICS]
+                kind = "gram" if self.metric == "output" and "gram" in keys else "mean_square"
+                metric = program.store.source(keys[kind]) if keys else None
+                source = program.store.source(program.weight_of(weight_of(node)))
+                out.append(_Site(node.meta[SITE], program.weight_of(weight_of(node)), source, metric, orders))
+        return Task(tuple(out), tuple(formats), self.clip, self.metric != "pbar")
 
     def ensures(self, program: Program) -> None:
         """Every unpacked site has a finite cost for each format."""
@@ -129,14 +113,71 @@ class Sensitivity(Pass):
                 raise VerificationError(f"Site {node.meta[SITE]} lacks a finite cost of some format.")
 
 
-def _energy(matrix: Tensor, minus: Tensor | None, metric: Tensor) -> float:
-    """Σ (D·R) ∘ D in float64; D = matrix − minus, R = `metric` ([k, k] or its diagonal [k]), a few rows at a time."""
-    rows = max(1, _CHUNK // matrix.shape[1])
-    total = 0.0
-    for start in range(0, matrix.shape[0], rows):
-        part = matrix[start : start + rows].double()
-        if minus is not None:
-            part = part - minus[start : start + rows].double()
-        weighted = part * metric if metric.dim() == 1 else part @ metric
-        total += float((weighted * part).sum())
-    return total
+@dataclass(frozen=True)
+class _Site:
+    """A site as a job sees it; `metric` is that of its input, None the identity."""
+
+    name: str
+    key: str
+    weight: TensorSource
+    metric: TensorSource | None
+    orders: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """The sites of one block and what to measure of them; it can be sent to another process."""
+
+    sites: tuple[_Site, ...]
+    formats: tuple[Format, ...]
+    clip: str
+    relative: bool
+
+
+def measure(task: Task) -> Tensor:
+    """The cost of each site of a block in each format: float64 [sites, formats].
+
+    Raises:
+        HikuiError: weights hold NaN or infinite values, or do not fit a format's scales.
+    """
+    return torch.tensor([_measure(site, task) for site in task.sites], dtype=torch.float64)
+
+
+def _costs(task: Task, costs: Tensor) -> dict[str, dict[str, float]]:
+    names = [str(fmt) for fmt in task.formats]
+    return {site.name: dict(zip(names, row, strict=True)) for site, row in zip(task.sites, costs.tolist(), strict=True)}
+
+
+def _measure(site: _Site, task: Task) -> list[float]:
+    store = WeightStore({site.key: site.weight})
+    n, k = site.weight.info.shape
+    metric = torch.ones(k, dtype=torch.float64) if site.metric is None else site.metric.load().double()
+    errors, total = [0.0] * len(task.formats), 0.0
+    for rows in row_parts(n, k):
+        weight = finite_rows(store, site.key, site.name, rows)
+        total += _energy(weight, metric)
+        for index, fmt in enumerate(task.formats):
+            errors[index] += _energy(weight - _rounded(weight, fmt, site, task.clip), metric)
+    if not task.relative:
+        return errors
+    # A site whose output is nothing loses nothing.
+    return [error / total if total > 0 else 0.0 for error in errors]
+
+
+def _rounded(weight: Tensor, fmt: Format, site: _Site, clip: str) -> Tensor:
+    if not fmt.is_integer:
+        return weight.to(fmt.weight_dtype).float()
+    order = site.orders.get(str(fmt))
+    try:
+        ordered = weight if order is None else weight[:, order]
+        rounded = dequantise(round_matrix(ordered, fmt, clip), fmt)
+    except OverflowError as error:
+        raise HikuiError(f"Site {site.name} as {fmt}: {error}; leave the format out.") from error
+    return rounded if order is None else rounded[:, order.argsort()]
+
+
+def _energy(matrix: Tensor, metric: Tensor) -> float:
+    """Σ (D·R) ∘ D in float64; R = `metric` ([k, k] or its diagonal [k])."""
+    wide = matrix.double()
+    weighted = wide * metric if metric.dim() == 1 else wide @ metric
+    return float((weighted * wide).sum())

@@ -15,10 +15,9 @@ from torch import Tensor, fx
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
-from hikui.lowering.program import SITE, STATISTICS, Program
+from hikui.lowering.program import FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.passes.columns import order_of
 from hikui.passes.graph import (
-    FLOAT_WEIGHT,
     aten,
     hikui,
     insert,

@@ -6,8 +6,8 @@
 static const struct {
   const char* name;
   uint8_t code, bits, alignment;
-} elements[] = {{"int8", 0, 8, 1},   {"int8", 0, 8, 4},     {"uint8", 1, 8, 4},   {"int32", 0, 32, 4},
-                {"int64", 0, 64, 8}, {"float16", 2, 16, 2}, {"float32", 2, 32, 4}};
+} elements[] = {{"int8", 0, 8, 1},   {"int8", 0, 8, 4},     {"uint8", 1, 8, 4},    {"uint8", 1, 8, 1},
+                {"int32", 0, 32, 4}, {"int64", 0, 64, 8}, {"float16", 2, 16, 2}, {"float32", 2, 32, 4}};
 
 int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted) {
   call->name = name;

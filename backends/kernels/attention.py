@@ -9,6 +9,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from hikui.backends.kernels.cache import ELEMENT, PARTS, floats
 from hikui.backends.kernels.isa.base import splat, unrolled, vector
 from hikui.backends.kernels.mathematics import exponential, sum_of
 
@@ -54,18 +55,22 @@ def rotary(name: str) -> Any:
     return kernel
 
 
-def attention(name: str) -> Any:
+def attention(fmt: str, name: str) -> Any:
     """Causal attention of rows [first, last) of heads · tokens over the first past + token + 1 keys of the caches.
 
     Softmax in one sweep over the keys: a running maximum and sum, the output rescaled when the maximum grows. The
-    output row itself is the accumulator.
+    output row itself is the accumulator. A quantised cache is widened where it is read: a key's scale multiplies its
+    score, a value's its weight. A float32 cache has no scales, and the pointers to them are not read.
     """
+    element, parts, quantised = ELEMENT[fmt], PARTS[fmt], fmt != "float32"
 
     @T.prim_func(s_tir=True)
     def kernel(
         q_data: T.handle("float32"),
-        key_data: T.handle("float32"),
-        value_data: T.handle("float32"),
+        key_data: T.handle(element),
+        value_data: T.handle(element),
+        key_scale_data: T.handle("float16"),
+        value_scale_data: T.handle("float16"),
         out_data: T.handle("float32"),
         heads: T.int64,
         kv_heads: T.int64,
@@ -78,9 +83,12 @@ def attention(name: str) -> Any:
         last: T.int64,
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True})
+        stored = size // parts
         q = T.decl_buffer((last * size,), "float32", data=q_data)
-        key = T.decl_buffer((kv_heads * context * size,), "float32", data=key_data)
-        value = T.decl_buffer((kv_heads * context * size,), "float32", data=value_data)
+        key = T.decl_buffer((kv_heads * context * stored,), element, data=key_data)
+        value = T.decl_buffer((kv_heads * context * stored,), element, data=value_data)
+        key_scale = T.decl_buffer((kv_heads * context,), "float16", data=key_scale_data)
+        value_scale = T.decl_buffer((kv_heads * context,), "float16", data=value_scale_data)
         out = T.decl_buffer((last * size,), "float32", data=out_data)
         scores = T.alloc_buffer((KEYS,), "float32", scope="local")
         lanes = T.alloc_buffer((32,), "float32", scope="local")
@@ -95,23 +103,32 @@ def attention(name: str) -> Any:
                 out[row * size + d] = T.float32(0)
             for block in range((columns + (KEYS - 1)) // KEYS):
                 width = T.min(columns - block * KEYS, KEYS)
-                start = (head * context + block * KEYS) * size
+                token = head * context + block * KEYS
                 state[2] = state[0]
                 for j in range((width + 3) // 4):
                     for i in unrolled(4):
                         lanes[T.ramp(i * 8, 1, 8)] = splat(T.float32(0), 8)
-                    for d in range(size // 8):
+                    for d in range(stored // 8):
                         for i in unrolled(4):
-                            lanes[T.ramp(i * 8, 1, 8)] = vector(lanes, i * 8, 8) + vector(
-                                q, row * size + d * 8, 8
-                            ) * vector(key, start + T.min(j * 4 + i, width - 1) * size + d * 8, 8)
+                            for part in unrolled(parts):
+                                lanes[T.ramp(i * 8, 1, 8)] = vector(lanes, i * 8, 8) + vector(
+                                    q, row * size + part * stored + d * 8, 8
+                                ) * floats(
+                                    vector(key, (token + T.min(j * 4 + i, width - 1)) * stored + d * 8, 8),
+                                    fmt,
+                                    part,
+                                    8,
+                                )
                     for i in unrolled(4):
                         # Beyond the last key its score is repeated, which changes no maximum and is not read again.
                         state[3] = sum_of(vector(lanes, i * 8, 8), 8)
-                        for d in range(size // 8 * 8, size):
-                            state[3] = (
-                                state[3] + q[row * size + d] * key[start + T.min(j * 4 + i, width - 1) * size + d]
-                            )
+                        for d in range(stored // 8 * 8, stored):
+                            for part in unrolled(parts):
+                                state[3] = state[3] + q[row * size + part * stored + d] * floats(
+                                    key[(token + T.min(j * 4 + i, width - 1)) * stored + d], fmt, part, 1
+                                )
+                        if quantised:
+                            state[3] = state[3] * T.cast(key_scale[token + T.min(j * 4 + i, width - 1)], "float32")
                         scores[j * 4 + i] = state[3] * factor
                         state[2] = T.max(state[2], state[3] * factor)
                 state[3] = exponential(state[0] - state[2], 1)
@@ -124,25 +141,39 @@ def attention(name: str) -> Any:
                     scores[T.ramp(j * 16, 1, 16)] = exponential(vector(scores, j * 16, 16) - splat(state[0], 16), 16)
                     total[T.ramp(0, 1, 16)] = vector(total, T.int64(0), 16) + vector(scores, j * 16, 16)
                 state[1] = state[1] + sum_of(vector(total, T.int64(0), 16), 16)
-                for d in range(size // 16):
-                    total[T.ramp(0, 1, 16)] = vector(out, row * size + d * 16, 16) * splat(state[3], 16)
-                    for i in unrolled(3):
-                        total[T.ramp((i + 1) * 16, 1, 16)] = splat(T.float32(0), 16)
-                    # The last keys of four may lie beyond the width: their weight is about 1e-38.
-                    for j in range((width + 3) // 4):
-                        for i in unrolled(4):
-                            total[T.ramp(i * 16, 1, 16)] = vector(total, i * 16, 16) + (
-                                splat(scores[j * 4 + i], 16)
-                                * vector(value, start + T.min(j * 4 + i, width - 1) * size + d * 16, 16)
-                            )
-                    out[T.ramp(row * size + d * 16, 1, 16)] = (
-                        vector(total, T.int64(0), 16) + vector(total, T.int64(16), 16)
-                    ) + (vector(total, T.int64(32), 16) + vector(total, T.int64(48), 16))
-                for d in range(size // 16 * 16, size):
-                    state[2] = out[row * size + d] * state[3]
+                if quantised:
                     for j in range(width):
-                        state[2] = state[2] + scores[j] * value[start + j * size + d]
-                    out[row * size + d] = state[2]
+                        scores[j] = scores[j] * T.cast(value_scale[token + j], "float32")
+                    # Weights of 1e-38 times a scale would be subnormal numbers, which some CPUs are slow with.
+                    for j in range(width, (width + 3) // 4 * 4):
+                        scores[j] = T.float32(0)
+                for part in unrolled(parts):
+                    for d in range(stored // 16):
+                        total[T.ramp(0, 1, 16)] = vector(out, row * size + part * stored + d * 16, 16) * splat(
+                            state[3], 16
+                        )
+                        for i in unrolled(3):
+                            total[T.ramp((i + 1) * 16, 1, 16)] = splat(T.float32(0), 16)
+                        # The last keys of four may lie beyond the width: their weight is about 1e-38.
+                        for j in range((width + 3) // 4):
+                            for i in unrolled(4):
+                                total[T.ramp(i * 16, 1, 16)] = vector(total, i * 16, 16) + (
+                                    splat(scores[j * 4 + i], 16)
+                                    * floats(
+                                        vector(value, (token + T.min(j * 4 + i, width - 1)) * stored + d * 16, 16),
+                                        fmt,
+                                        part,
+                                        16,
+                                    )
+                                )
+                        out[T.ramp(row * size + part * stored + d * 16, 1, 16)] = (
+                            vector(total, T.int64(0), 16) + vector(total, T.int64(16), 16)
+                        ) + (vector(total, T.int64(32), 16) + vector(total, T.int64(48), 16))
+                    for d in range(stored // 16 * 16, stored):
+                        state[2] = out[row * size + part * stored + d] * state[3]
+                        for j in range(width):
+                            state[2] = state[2] + scores[j] * floats(value[(token + j) * stored + d], fmt, part, 1)
+                        out[row * size + part * stored + d] = state[2]
             for d in range(size):
                 out[row * size + d] = out[row * size + d] / state[1]
 

@@ -21,7 +21,7 @@ from hikui.lowering.formats.format import MIXED
 from hikui.lowering.formats.kinds import KINDS
 
 _FOLDER = Path(__file__).resolve().parent
-_C_SOURCES = ("arguments.c", "products.c", "rows.c", "runtime.c", "select.c")
+_C_SOURCES = ("arguments.c", "attention.c", "products.c", "rows.c", "runtime.c", "select.c")
 _C_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-c")
 _ZIG_GLIBC = "2.28"
 """The glibc that objects built by zig are meant for; GCC's objects here need no newer one either."""
@@ -42,6 +42,10 @@ SYMBOLS = (
     "hikui_swiglu_quantize",
     "hikui_rotary",
     "hikui_attention",
+    "hikui_attention_int8",
+    "hikui_attention_int4",
+    "hikui_cache_update_int8",
+    "hikui_cache_update_int4",
 )
 """The public functions; the C symbol has `__tvm_ffi_` before it."""
 

@@ -78,6 +78,10 @@ HIKUI_EXPORT HIKUI_PACKED(hikui_swiglu);                   /* gate, up, y */
 HIKUI_EXPORT HIKUI_PACKED(hikui_swiglu_quantize);          /* gate, up, y, q, scale, sums */
 HIKUI_EXPORT HIKUI_PACKED(hikui_rotary);                   /* x, cos, sin, y */
 HIKUI_EXPORT HIKUI_PACKED(hikui_attention);                /* q, k, v, key_cache, value_cache, past, scale, out */
+HIKUI_EXPORT HIKUI_PACKED(hikui_attention_int8);           /* … value_cache, key_scale, value_scale, past, scale, out */
+HIKUI_EXPORT HIKUI_PACKED(hikui_attention_int4);           /* the same */
+HIKUI_EXPORT HIKUI_PACKED(hikui_cache_update_int8);        /* codes, scale, new, past, values */
+HIKUI_EXPORT HIKUI_PACKED(hikui_cache_update_int4);        /* the same */
 
 /* One share of a parallel region: task `id` of `env->tasks`. The layouts are TVM's TVMParallelGroupEnv,
  * FTVMParallelLambda and TVMBackendParallelLaunch. */

@@ -41,7 +41,11 @@ static const struct {
                KERNEL(hikui_swiglu)                     //
                KERNEL(hikui_swiglu_quantize)            //
                KERNEL(hikui_rotary)                     //
-               KERNEL(hikui_attention)};
+               KERNEL(hikui_attention)                  //
+               KERNEL(hikui_attention_int8)             //
+               KERNEL(hikui_attention_int4)             //
+               KERNEL(hikui_cache_update_int8)          //
+               KERNEL(hikui_cache_update_int4)};
 
 static FILE *calls, *results;
 static int threads;

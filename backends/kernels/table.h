@@ -25,9 +25,14 @@ typedef void rms_norm_kernel(const float* x, const float* weight, float* y, int6
 typedef void swiglu_kernel(const float* gate, const float* up, float* y, int64_t k, int64_t first, int64_t last);
 typedef void rotary_kernel(const float* x, const float* cos, const float* sin, float* y, int64_t tokens, int64_t size,
                            int64_t first, int64_t last);
-typedef void attention_kernel(const float* q, const float* keys, const float* values, float* out, int64_t heads,
-                              int64_t kv_heads, int64_t tokens, int64_t context, int64_t size, int64_t past,
-                              float factor, int64_t first, int64_t last);
+/* the tensors of a cache hold what its format says; scales are null for float32 */
+typedef void attention_kernel(const float* q, const void* keys, const void* values, const float16* key_scale,
+                              const float16* value_scale, float* out, int64_t heads, int64_t kv_heads, int64_t tokens,
+                              int64_t context, int64_t size, int64_t past, float factor, int64_t first, int64_t last);
+typedef void cache_store_kernel(const float* x, void* codes, float16* scale, int64_t tokens, int64_t context,
+                                int64_t size, int64_t past, int64_t first, int64_t last);
+typedef void cache_load_kernel(const void* codes, const float16* scale, float* y, int64_t context, int64_t size,
+                               int64_t filled, int64_t first, int64_t last);
 
 #define HIKUI_ENUM(NAME, SYMBOL) NAME,
 enum { HIKUI_KINDS(HIKUI_ENUM) KINDS };
@@ -39,6 +44,7 @@ enum { SINGLE, FEW, MANY, SIZES };
 enum { FLOAT_SINGLE, FLOAT_MANY, FLOAT_FEW_SINGLE, FLOAT_FEW_MANY };
 enum { FLOAT16, FLOAT32 };                     /* float weights */
 enum { DYNAMIC_INT8, DYNAMIC_INT4, STATIC_INT8 }; /* quantisers of activations */
+enum { INT8_CACHE, INT4_CACHE, QUANTISED_CACHES };
 
 struct integer_entry {
   integer_kernel* kernel;
@@ -60,7 +66,9 @@ struct kernel_table {
   rms_norm_kernel* rms_norm;
   swiglu_kernel* swiglu;
   rotary_kernel* rotary;
-  attention_kernel* attention;
+  attention_kernel* attention[1 + QUANTISED_CACHES]; /* float32 first */
+  cache_store_kernel* cache_store[QUANTISED_CACHES];
+  cache_load_kernel* cache_load[QUANTISED_CACHES];
 };
 
 #endif

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from hikui.backends.kernels import activation, attention, linear, weight_only
+from hikui.backends.kernels import activation, attention, cache, linear, weight_only
 from hikui.backends.kernels.fields import SEGMENTS
 from hikui.backends.kernels.isa.base import SIZES, Isa, Tile
 
@@ -12,6 +12,13 @@ FLOATS = ("float16", "float32")
 GENERIC = "generic"
 ACTIVATIONS = ("int8", "int8 static", "int4", "float32", "float16")
 """What activations products take: quantised a token, by a step known beforehand, or not at all."""
+
+_OVER_CACHES: dict[Callable[[str, str], Any], tuple[str, ...]] = {
+    attention.attention: cache.FORMATS,
+    cache.cache_store: cache.QUANTISED,
+    cache.cache_load: cache.QUANTISED,
+}
+"""Kernels with a form for each way to store a cache."""
 
 _WEIGHT_ONLY_ROWS = {"single": 1, "many": 4}
 
@@ -68,9 +75,13 @@ def kernels(isa: Isa) -> Iterator[Kernel]:
     for mode in activation.MODES:
         name = symbol(f"quantize_activation_{mode}")
         yield Kernel(name, "quantize_kernel", partial(activation.quantize_activation, mode, name))
-    for make in (activation.rms_norm, activation.swiglu, attention.rotary, attention.attention):
+    for make in (activation.rms_norm, activation.swiglu, attention.rotary):
         name = symbol(make.__name__)
         yield Kernel(name, f"{make.__name__}_kernel", partial(make, name))
+    for kernel, formats in _OVER_CACHES.items():
+        for fmt in formats:
+            name = symbol(f"{kernel.__name__}_{fmt}")
+            yield Kernel(name, f"{kernel.__name__}_kernel", partial(kernel, fmt, name))
 
 
 def kernel_name(isa: Isa, kind: str, size: str) -> str:
@@ -137,8 +148,11 @@ def _c_table(isa: Isa) -> str:
         )
     quantisers = ", ".join(symbol(f"quantize_activation_{mode}") for mode in activation.MODES)
     lines.append(f"  .quantize = {{{quantisers}}},")
-    for name in ("rms_norm", "swiglu", "rotary", "attention"):
+    for name in ("rms_norm", "swiglu", "rotary"):
         lines.append(f"  .{name} = {symbol(name)},")
+    for kernel, formats in _OVER_CACHES.items():
+        name = kernel.__name__
+        lines.append(f"  .{name} = {{{', '.join(symbol(f'{name}_{fmt}') for fmt in formats)}}},")
     lines.append("};")
     return "\n".join(lines) + "\n"
 

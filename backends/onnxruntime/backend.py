@@ -30,6 +30,12 @@ DESCRIPTION = "model.json"
 SCRIPT = "bin/ort_run.py"
 
 
+_IN_PLACE = frozenset(
+    ("GroupQueryAttention", "Attention", "AttentionInt8", "AttentionInt4", "CacheUpdateInt8", "CacheUpdateInt4")
+)
+"""Operators that can write a new cache over the old one."""
+
+
 def passes(program: Program) -> tuple[ir.passes.InPlacePass, ...]:
     """What happens to a translated model, in order."""
     return (
@@ -54,7 +60,7 @@ def _oldest_onnxruntime(model: ir.Model) -> str:
 def _updates_caches_in_place(model: ir.Model) -> bool:
     """Whether every new cache comes from an operator that can write it over the old one."""
     producers = [output.producer() for output in model.graph.outputs[1:]]
-    return all(node is not None and node.op_type in ("GroupQueryAttention", "Attention") for node in producers)
+    return all(node is not None and node.op_type in _IN_PLACE for node in producers)
 
 
 class OnnxRuntimeBackend:

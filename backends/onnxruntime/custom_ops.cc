@@ -16,15 +16,16 @@ namespace {
 using namespace ort;
 
 constexpr size_t kMaxOperands = 12;
-constexpr size_t kMaxOutputs = 4;
+constexpr size_t kMaxOutputs = 5;
 constexpr size_t kMaxRank = 8;
 constexpr int64_t kActivationPadding = 128;
 constexpr int64_t kSumWidth = 32;
 
 using Kernel = int32_t(void* self, const hikui_any* args, int32_t count, hikui_any* result);
 
-// How an output's dimensions follow from those of input 0; kUpdated is a new version of another input.
-enum class Shape : uint8_t { kSame, kOutFeatures, kPadded, kTokens, kSums, kUpdated };
+// How an output's dimensions follow from those of input 0; kUpdated is a new version of another input, kWidened has the
+// columns of another input.
+enum class Shape : uint8_t { kSame, kOutFeatures, kPadded, kTokens, kSums, kUpdated, kWidened };
 
 struct Input {
   ElementType type;
@@ -34,7 +35,8 @@ struct Input {
 struct Output {
   ElementType type;
   Shape shape;
-  size_t updates = 0;  // for kUpdated: the input that the kernel overwrites, in a copy unless both share a buffer
+  // for kUpdated: the input that the kernel overwrites, in a copy unless both share a buffer; for kWidened that input
+  size_t other = 0;
 };
 
 struct Spec {
@@ -62,6 +64,15 @@ struct Spec {
   {"Linear" #NAME, __tvm_ffi_hikui_linear_##SYMBOL, nullptr, 4,                                                \
    {{kFloat}, {WEIGHT}, {kFloat16}, {kFloat, kOptional}}, 1, {{kFloat, Shape::kOutFeatures}}},
 
+#define HIKUI_QUANTISED_CACHE(NAME, SYMBOL, CODES)                                                             \
+  {"Attention" #NAME, __tvm_ffi_hikui_attention_##SYMBOL, "scale", 8,                                          \
+   {{kFloat}, {kFloat}, {kFloat}, {CODES}, {CODES}, {kFloat16}, {kFloat16}, {kInt64}},                         \
+   5, {{kFloat, Shape::kSame}, {CODES, Shape::kUpdated, 3}, {CODES, Shape::kUpdated, 4},                       \
+       {kFloat16, Shape::kUpdated, 5}, {kFloat16, Shape::kUpdated, 6}}},                                       \
+  {"CacheUpdate" #NAME, __tvm_ffi_hikui_cache_update_##SYMBOL, nullptr, 4,                                     \
+   {{CODES}, {kFloat16}, {kFloat}, {kInt64}},                                                                  \
+   3, {{kFloat, Shape::kWidened, 2}, {CODES, Shape::kUpdated, 0}, {kFloat16, Shape::kUpdated, 1}}},
+
 const Spec kSpecs[] = {
     HIKUI_WEIGHTS(HIKUI_PRODUCTS)
     {"QuantizeActivation", __tvm_ffi_hikui_quantize_activation, nullptr, 1, {{kFloat}}, 3, {HIKUI_QUANTIZED}},
@@ -83,20 +94,23 @@ const Spec kSpecs[] = {
     {"Attention", __tvm_ffi_hikui_attention, "scale", 6,
      {{kFloat}, {kFloat}, {kFloat}, {kFloat}, {kFloat}, {kInt64}},
      3, {{kFloat, Shape::kSame}, {kFloat, Shape::kUpdated, 3}, {kFloat, Shape::kUpdated, 4}}},
+    HIKUI_QUANTISED_CACHE(Int8, int8, kInt8)
+    HIKUI_QUANTISED_CACHE(Int4, int4, kUint8)
 };
 
 constexpr size_t kOperators = sizeof(kSpecs) / sizeof(kSpecs[0]);
 
 int64_t padded(int64_t columns) { return (columns + kActivationPadding - 1) / kActivationPadding * kActivationPadding; }
 
-// The dimensions of an output: those of input 0 with the last one replaced or dropped.
-size_t output_dims(Shape rule, int64_t out_features, const int64_t* dims, size_t rank, int64_t* out) {
+// The dimensions of an output: those of input 0 with the last one replaced (where asked, by `columns`) or dropped.
+size_t output_dims(Shape rule, int64_t columns, const int64_t* dims, size_t rank, int64_t* out) {
   memcpy(out, dims, rank * sizeof(int64_t));
   int64_t& last = out[rank - 1];
   switch (rule) {
     case Shape::kSame:
     case Shape::kUpdated: break;
-    case Shape::kOutFeatures: last = out_features; break;
+    case Shape::kOutFeatures:
+    case Shape::kWidened: last = columns; break;
     case Shape::kPadded: last = padded(last); break;
     case Shape::kTokens: return rank - 1;
     case Shape::kSums: last = padded(last) / kSumWidth; break;
@@ -233,9 +247,15 @@ Status* compute(void* state, KernelContext* context) {
   for (size_t i = 0; i < spec->outputs; ++i) {
     const Output& output = spec->output[i];
     const bool updated = output.shape == Shape::kUpdated;
-    const size_t source = updated ? output.updates : 0;
+    const size_t source = updated ? output.other : 0;
     const hikui_tensor* like = static_cast<const hikui_tensor*>(arguments[source].value.as_pointer);
-    const size_t rank = output_dims(output.shape, kernel->out_features, like->shape, like->ndim, made[i].dims);
+    int64_t columns = kernel->out_features;
+    if (output.shape == Shape::kWidened) {
+      const hikui_tensor* other = static_cast<const hikui_tensor*>(arguments[output.other].value.as_pointer);
+      if (other->ndim == 0) return api->create_status(kInvalidArgument, "hikui: an operand lacks dimensions");
+      columns = other->shape[other->ndim - 1];
+    }
+    const size_t rank = output_dims(output.shape, columns, like->shape, like->ndim, made[i].dims);
     Value* value = nullptr;
     void* data = nullptr;
     if (Status* failed = api->output(context, i, made[i].dims, rank, &value)) return failed;
@@ -246,7 +266,7 @@ Status* compute(void* state, KernelContext* context) {
       continue;
     }
     if (data != like->data) memcpy(data, like->data, made[i].bytes());
-    arguments[output.updates] = argument(&made[i].view);
+    arguments[output.other] = argument(&made[i].view);
   }
 
   running_kernel = kernel;
@@ -315,12 +335,24 @@ Status* infer(const CustomOp* op, ShapeInference* inference) {
     const Output& output = spec.output[i];
     if (output.shape == Shape::kUpdated) {
       TensorShape* old = nullptr;
-      if (Status* failed = api->input_shape(inference, output.updates, &old)) return failed;
+      if (Status* failed = api->input_shape(inference, output.other, &old)) return failed;
       if (Status* failed = api->set_output_shape(inference, i, old)) return failed;
       continue;
     }
     if (dims[rank - 1] < 0 && (output.shape == Shape::kPadded || output.shape == Shape::kSums)) continue;
-    const size_t count = output_dims(output.shape, out_features, dims, rank, result);
+    int64_t columns = out_features;
+    if (output.shape == Shape::kWidened) {
+      TensorShape* other = nullptr;
+      int64_t sizes[kMaxRank];
+      size_t other_rank = 0;
+      if (Status* failed = api->input_shape(inference, output.other, &other)) return failed;
+      if (Status* failed = api->rank(other, &other_rank)) return failed;
+      if (other_rank == 0 || other_rank > kMaxRank) continue;
+      if (Status* failed = api->dimensions(other, sizes, other_rank)) return failed;
+      if (sizes[other_rank - 1] < 0) continue;
+      columns = sizes[other_rank - 1];
+    }
+    const size_t count = output_dims(output.shape, columns, dims, rank, result);
     const char* kept[kMaxRank];
     for (size_t d = 0; d < count; ++d) kept[d] = result[d] < 0 ? names[d] : "";
     TensorShape* shape = nullptr;

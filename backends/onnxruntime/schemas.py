@@ -51,6 +51,19 @@ _OPERATORS: dict[str, tuple[tuple[_Operand, ...], tuple[_Operand, ...], dict[str
     "SwiGluQuantize": ((("gate", "T"), ("up", "T")), (("y", "T"), *_QUANTIZED), {}),
 }
 
+for _format, _codes in (("Int8", "T8"), ("Int4", "U8")):
+    _stored = (("key_cache", _codes), ("value_cache", _codes), ("key_scale", "T16"), ("value_scale", "T16"))
+    _OPERATORS[f"Attention{_format}"] = (
+        (("q", "T"), ("k", "T"), ("v", "T"), *_stored, ("past", "T64")),
+        (("out", "T"), *((f"new_{name}", kind) for name, kind in _stored)),
+        {"scale": "FLOAT"},
+    )
+    _OPERATORS[f"CacheUpdate{_format}"] = (
+        (("codes", _codes), ("scale", "T16"), ("new", "T"), ("past", "T64")),
+        (("values", "T"), ("new_codes", _codes), ("new_scale", "T16")),
+        {},
+    )
+
 for _kind in (*KINDS, MIXED):
     _OPERATORS[product("Linear", _kind)] = (_PACKED, (("y", "T"),), _OUT_FEATURES)
     _OPERATORS[product("LinearA8", _kind)] = (_PACKED_A8, (("y", "T"),), _OUT_FEATURES)
@@ -58,9 +71,10 @@ for _kind in (*KINDS, MIXED):
 
 _TYPES = [
     ("T", ["tensor(float)"], "activations"),
-    ("T8", ["tensor(int8)"], "quantised activations"),
+    ("T8", ["tensor(int8)"], "quantised activations and caches"),
     ("T16", ["tensor(float16)"], "scales and branches"),
     ("T32", ["tensor(int32)"], "sums"),
+    ("U8", ["tensor(uint8)"], "pairs of codes"),
     ("T64", ["tensor(int64)"], "positions"),
     ("W", ["tensor(uint8)", "tensor(int8)"], "packed integer weights"),
 ]

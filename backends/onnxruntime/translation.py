@@ -97,6 +97,24 @@ def _attention(
     return _hikui.Attention(q, k, v, key_cache, value_cache, past, scale=scale)
 
 
+def _over_cache(operator: str, codes: _Value) -> Any:
+    """The operator for a quantised cache, by the type of its codes."""
+    kind = {ir.DataType.INT8: "Int8", ir.DataType.UINT8: "Int4"}[codes.dtype]
+    return getattr(_hikui, operator + kind)
+
+
+def _attention_quantized(
+    q: _Value, k: _Value, v: _Value, key_cache: _Value, value_cache: _Value, key_scale: _Value, value_scale: _Value,
+    past: _Value, scale: float,
+) -> _Value:  # fmt: skip
+    operands = (q, k, v, key_cache, value_cache, key_scale, value_scale, past)
+    return _over_cache("Attention", key_cache)(*operands, scale=scale)
+
+
+def _cache_update_quantized(codes: _Value, scale: _Value, new: _Value, past: _Value) -> _Value:
+    return _over_cache("CacheUpdate", codes)(codes, scale, new, past)
+
+
 def _quantize_activation(x: _Value) -> _Value:
     return _hikui.QuantizeActivation(x)
 
@@ -125,7 +143,9 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     ops = torch.ops.hikui
     return {
         ops.attention.default: _attention,
+        ops.attention_quantized.default: _attention_quantized,
         ops.cache_update.default: _cache_update,
+        ops.cache_update_quantized.default: _cache_update_quantized,
         ops.causal_mask.default: _causal_mask,
         ops.linear.default: _linear,
         ops.linear_a8.default: _linear_a8,
@@ -158,8 +178,7 @@ def _quiet_exporter() -> Any:
 def _name_values(model: ir.Model, program: Program) -> list[ir.Value]:
     """Gives inputs and outputs the names of the calling convention; returns the inputs that stand for weights."""
     graph = model.graph
-    layers = len(program.config.caches)
-    caches = [f"{kind}_cache_{layer}" for layer in range(layers) for kind in ("key", "value")]
+    caches = [tensor.kind for tensor in program.config.cache_tensors()]
     weights = list(graph.inputs[: len(program.weight_nodes())])
     inputs = list(graph.inputs[len(weights) :])
     for value, name in zip(inputs, ["tokens", "past", *caches], strict=True):

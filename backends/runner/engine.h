@@ -200,24 +200,32 @@ class Engine {
     for (const TVMFFIAny& tensor : tensors) TVMFFIObjectDecRef(tensor.v_obj);
   }
 
+  // Of each layer keys and values; where they are quantised, codes first and then their scales, a half a token and head.
   void NewCaches() {
     arguments_.Add(Integer(0));
     arguments_.Add(Integer(0));
-    DLDataType float32 = {kDLFloat, 32, 1};
     for (const CacheShape& cache : index_->caches) {
-      for (int side = 0; side < 2; ++side) {
-        int64_t shape[] = {1, cache.heads, index_->context, cache.head_size};
-        size_t bytes = sizeof(float) * static_cast<size_t>(cache.heads * index_->context * cache.head_size);
-        // Pages of the cache take memory only once tokens reach them.
-        void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (data == MAP_FAILED) Stop(kFailure, "no memory for a cache of %zu bytes", bytes);
-        Value tensor;
-        WrapTensor(data, float32, shape, 4, &tensor);
-        TVMFFIObjectIncRef(tensor.object());
-        arguments_.Add(tensor.any());
-      }
+      const bool bytes = strcmp(cache.format, "int8") == 0, nibbles = strcmp(cache.format, "int4") == 0;
+      const DLDataType stored = bytes     ? DLDataType{kDLInt, 8, 1}
+                                : nibbles ? DLDataType{kDLUInt, 8, 1}
+                                          : DLDataType{kDLFloat, 32, 1};
+      const int64_t shape[] = {1, cache.heads, index_->context, nibbles ? cache.head_size / 2 : cache.head_size};
+      for (int side = 0; side < 2; ++side) NewCache(stored, shape, 4);
+      for (int side = 0; side < 2 && (bytes || nibbles); ++side) NewCache({kDLFloat, 16, 1}, shape, 3);
     }
     arguments_.Add(weights_.any());
+  }
+
+  void NewCache(DLDataType type, const int64_t* shape, int rank) {
+    size_t bytes = type.bits / 8;
+    for (int axis = 0; axis < rank; ++axis) bytes *= static_cast<size_t>(shape[axis]);
+    // Pages of the cache take memory only once tokens reach them.
+    void* data = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) Stop(kFailure, "no memory for a cache of %zu bytes", bytes);
+    Value tensor;
+    WrapTensor(data, type, shape, rank, &tensor);
+    TVMFFIObjectIncRef(tensor.object());
+    arguments_.Add(tensor.any());
   }
 
   const Index* index_ = nullptr;

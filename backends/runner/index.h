@@ -10,6 +10,7 @@ constexpr int kMaxRank = 8;
 struct CacheShape {
   int64_t heads;
   int64_t head_size;
+  const char* format;  // float32, int8 or int4
 };
 
 struct Weight {
@@ -61,7 +62,7 @@ struct Index {
     if (strcmp(word, "parameters") == 0) return Number(&rest, &parameters);
     if (strcmp(word, "cache") == 0) {
       CacheShape cache = {};
-      bool read = Number(&rest, &cache.heads) && Number(&rest, &cache.head_size);
+      bool read = Number(&rest, &cache.heads) && Number(&rest, &cache.head_size) && Format(&rest, &cache.format);
       caches.Add(cache);
       return read;
     }
@@ -89,6 +90,19 @@ struct Index {
     for (int axis = 0; read && axis < weight.rank; ++axis) read = Number(rest, &weight.shape[axis]);
     weights.Add(weight);
     return read;
+  }
+
+  // The last word of a line; where it is left out, float32.
+  static bool Format(char** rest, const char** format) {
+    static const char* const kFormats[] = {"float32", "int8", "int4"};
+    const char* word = strtok_r(nullptr, " \n", rest);
+    for (const char* known : kFormats) {
+      if (word == nullptr || strcmp(word, known) == 0) {
+        *format = known;
+        return true;
+      }
+    }
+    return false;
   }
 
   static bool Word(char** rest, char* text, size_t room) {

@@ -21,6 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 _ELF_MACHINES = {62: "x86_64", 183: "aarch64"}
+_CACHE_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+}
 _DESCRIPTION = {"caches_in_place", "features", "library", "model", "onnxruntime", "target", "triple"}
 
 
@@ -111,14 +117,17 @@ class OrtModel:
             )
         except Exception as error:  # ONNX Runtime raises a class of its own for each status, without a common base
             raise LoadError(f"ONNX Runtime cannot load {directory}: {_first_line(error)}") from error
-        self._shapes = {value.name: value.shape for value in self._session.get_inputs()[2:]}
+        self._tensors = {
+            value.name: (value.shape, _CACHE_TYPES[value.type]) for value in self._session.get_inputs()[2:]
+        }
         self._in_place = bool(description["caches_in_place"])
-        self.context_length = int(next(iter(self._shapes.values()))[2])
+        shape, _ = next(iter(self._tensors.values()))
+        self.context_length = int(shape[2])
         self.reset()
 
     def _zeros(self) -> dict[str, Any]:
         value = self._ort.OrtValue.ortvalue_from_numpy
-        return {name: value(np.zeros(shape, np.float32)) for name, shape in self._shapes.items()}
+        return {name: value(np.zeros(shape, dtype)) for name, (shape, dtype) in self._tensors.items()}
 
     def reset(self) -> None:
         """Forgets every token."""
@@ -140,7 +149,7 @@ class OrtModel:
         binding.bind_cpu_input("tokens", np.ascontiguousarray(tokens, np.int64)[None])
         binding.bind_cpu_input("past", np.array([past], np.int64))
         binding.bind_output("logits", "cpu")
-        for name in self._shapes:
+        for name in self._tensors:
             binding.bind_ortvalue_input(name, self._caches[name])
             binding.bind_ortvalue_output(f"new_{name}", self._spare[name])
         try:

@@ -15,7 +15,7 @@ from torch import fx
 from tvm import relax, te, tirx
 
 from hikui.backends.tvm import tir
-from hikui.lowering.formats import Format, activation_k
+from hikui.lowering.formats import Format, activation_k, cache_format
 
 Importer = Any
 """TVM's `ExportedProgramImporter`: `env` maps nodes to Relax values, `block_builder` emits bindings."""
@@ -128,6 +128,28 @@ def _attention(node: fx.Node, importer: Importer) -> Value:
     return relax.Tuple([out, key_cache, value_cache])
 
 
+def _cache_kernel(name: str, codes: Value) -> str:
+    """The kernel for a quantised cache, by the type of its codes."""
+    return f"hikui_{name}_{cache_format(getattr(torch, str(codes.ty.dtype)))}"
+
+
+def _attention_quantized(node: fx.Node, importer: Importer) -> Value:
+    *tensors, scale = node.args
+    q, k, v, *caches, past = (importer.env[tensor] for tensor in tensors)
+    operands = [q, k, v, *caches, past, relax.prim_value(scale)]
+    out = _emit_kernel(importer, _cache_kernel("attention", caches[0]), operands, [_like(q)])
+    return relax.Tuple([out, *caches])
+
+
+def _cache_update_quantized(node: fx.Node, importer: Importer) -> Value:
+    codes, scale, new, past = (importer.env[argument] for argument in node.args)
+    shape = [*_shape(codes)[:3], _shape(new)[3]]
+    operands = [codes, scale, new, past]
+    # In place, as in `_attention`; the values read are what orders the call.
+    values = _emit_kernel(importer, _cache_kernel("cache_update", codes), operands, [relax.TensorType(shape, _FLOAT)])
+    return relax.Tuple([values, codes, scale])
+
+
 def _cache_update(node: fx.Node, importer: Importer) -> Value:
     cache, new, past = (importer.env[argument] for argument in node.args)
     _, heads, context, size = (int(extent) for extent in cache.ty.shape)
@@ -203,7 +225,9 @@ def _causal_mask(node: fx.Node, importer: Importer) -> Value:
 
 CONVERTERS: dict[str, Converter] = {
     "attention.default": _attention,
+    "attention_quantized.default": _attention_quantized,
     "cache_update.default": _cache_update,
+    "cache_update_quantized.default": _cache_update_quantized,
     "causal_mask.default": _causal_mask,
     "embedding.default": _embedding,
     "index_select.default": _index_select,

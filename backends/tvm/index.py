@@ -7,7 +7,7 @@ lines of words, because the runner on the board has no JSON library:
     target raspberry-pi-4 aarch64-linux-gnu cortex-a72      name, triple, CPU of the emulator or -
     context 256
     vocabulary 512
-    cache 4 8                               heads and head size, once a layer
+    cache 4 8 int8                          heads, head size, format (left out: float32), once a layer
     eos 2                                   once for each token that ends a text
     feature asimd                           once for each, as /proc/cpuinfo names it
     parameters 1048576                      bytes of model.params
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from hikui.lowering.cache_shape import CACHE_FORMATS, FLOAT_CACHE, CacheShape
 from hikui.lowering.errors import HikuiError
 
 LIBRARY = "model.so"
@@ -60,14 +61,14 @@ class Weight:
 
 @dataclass(frozen=True)
 class Index:
-    """What `model.index` says; a cache is (heads, head size)."""
+    """What `model.index` says."""
 
     target: str
     triple: str
     emulator_cpu: str | None
     context_length: int
     vocabulary: int
-    caches: tuple[tuple[int, int], ...]
+    caches: tuple[CacheShape, ...]
     eos_token_ids: tuple[int, ...]
     features: tuple[str, ...]
     weights: tuple[Weight, ...]
@@ -78,12 +79,25 @@ class Index:
         yield f"target {self.target} {self.triple} {self.emulator_cpu or '-'}"
         yield f"context {self.context_length}"
         yield f"vocabulary {self.vocabulary}"
-        yield from (f"cache {heads} {size}" for heads, size in self.caches)
+        yield from map(_cache_line, self.caches)
         yield from (f"eos {token}" for token in self.eos_token_ids)
         yield from (f"feature {feature}" for feature in self.features)
         yield f"parameters {self.parameters}"
         yield from (weight.line() for weight in self.weights)
         yield "end"
+
+
+def _cache_line(cache: CacheShape) -> str:
+    line = f"cache {cache.heads} {cache.head_size}"
+    return line if cache.format == FLOAT_CACHE else f"{line} {cache.format}"
+
+
+def _parse_cache(words: list[str]) -> CacheShape:
+    heads, size, *rest = words
+    (fmt,) = rest or [FLOAT_CACHE]
+    if fmt not in CACHE_FORMATS:
+        raise ValueError(f"no cache is {fmt}")
+    return CacheShape(int(heads), int(size), fmt)
 
 
 def read_index(directory: Path) -> Index:
@@ -114,7 +128,7 @@ def read_index(directory: Path) -> Index:
             emulator_cpu=None if emulator == "-" else emulator,
             context_length=int(fields["context"][0][0]),
             vocabulary=int(fields["vocabulary"][0][0]),
-            caches=tuple((int(heads), int(size)) for heads, size in fields.get("cache", [])),
+            caches=tuple(map(_parse_cache, fields.get("cache", []))),
             eos_token_ids=tuple(int(words[0]) for words in fields.get("eos", [])),
             features=tuple(words[0] for words in fields.get("feature", [])),
             weights=tuple(map(Weight.parse, fields.get("weight", []))),

@@ -14,20 +14,31 @@ from hikui.lowering.program import Program
 _UNSUPPORTED = "Unsupported function types "
 
 
+_OPS = torch.ops.hikui
+_WRITTEN: dict[object, dict[int, int]] = {
+    _OPS.attention.default: {1: 3, 2: 4},
+    _OPS.attention_quantized.default: {1: 3, 2: 4, 3: 5, 4: 6},
+    _OPS.cache_update_quantized.default: {1: 0, 2: 1},
+}
+"""Of operators that write caches and have several results: which result is which argument, written."""
+
+
 def _written_cache(value: fx.Node) -> fx.Node | None:
     """The cache that a new cache was written into."""
-    if value.target is torch.ops.hikui.cache_update.default:
+    if value.target is _OPS.cache_update.default:
         return value.args[0] if isinstance(value.args[0], fx.Node) else None
     source, at = value.args[:2] if value.target is operator.getitem else (None, 0)
-    if not isinstance(source, fx.Node) or source.target is not torch.ops.hikui.attention.default:
+    if not isinstance(source, fx.Node) or not isinstance(at, int):
         return None
-    cache = {1: source.args[3], 2: source.args[4]}.get(at) if isinstance(at, int) else None
+    argument = _WRITTEN.get(source.target, {}).get(at)
+    cache = None if argument is None else source.args[argument]
     return cache if isinstance(cache, fx.Node) else None
 
 
 def _check_caches(node: fx.Node) -> None:
     """A cache is overwritten, so nothing else may read what it held before."""
-    for cache in node.args[3:5] if node.target is torch.ops.hikui.attention.default else node.args[:1]:
+    for at in _WRITTEN.get(node.target, {0: 0}).values():
+        cache = node.args[at]
         if not isinstance(cache, fx.Node) or cache.op != "placeholder" or len(cache.users) != 1:
             raise HikuiError(
                 f"Node '{node.name}' writes cache '{cache}', which other nodes read too; the tvm backend writes caches "
@@ -42,8 +53,8 @@ def _check_attention(node: fx.Node) -> None:
 
 
 _CHECKS = {
-    torch.ops.hikui.attention.default: _check_caches,
-    torch.ops.hikui.cache_update.default: _check_caches,
+    _OPS.cache_update.default: _check_caches,
+    **dict.fromkeys(_WRITTEN, _check_caches),
     torch.ops.aten.scaled_dot_product_attention.default: _check_attention,
 }
 
@@ -70,8 +81,9 @@ def _logits_only(program: Program) -> Program:
     for old, new in zip(clone.input_nodes()[2:], caches, strict=True):
         if _written_cache(new) is not old:
             raise HikuiError(
-                f"Node '{new.name}' returns cache '{old.name}' without writing it by hikui::cache_update or "
-                "hikui::attention; the tvm backend writes caches in place and cannot express that."
+                f"Node '{new.name}' returns cache '{old.name}' without writing it by hikui::cache_update, "
+                "hikui::attention or their quantised forms; the tvm backend writes caches in place and cannot express "
+                "that."
             )
     clone.output_node.args = ((logits,),)
     clone.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -46,7 +46,7 @@ def write_parameters(program: Program, target: Target, directory: Path, progress
         emulator_cpu=target.emulator_cpu,
         context_length=config.context_length,
         vocabulary=config.vocabulary,
-        caches=tuple((cache.heads, cache.head_size) for cache in config.caches),
+        caches=config.caches,
         eos_token_ids=config.eos_token_ids,
         features=target.features,
         weights=tuple(weights),

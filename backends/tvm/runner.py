@@ -13,6 +13,7 @@ import tvm_ffi
 
 from hikui.backends.runner.board import Board, BoardRunner
 from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, PARAMETERS, Index, map_parameters, read_index
+from hikui.lowering.cache_shape import CacheTensor
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.target import core_count, cpu_features
 
@@ -79,8 +80,8 @@ class _InProcess:
             )
         self.context_length = index.context_length
         self._weights: Any = tvm_ffi.Array(_map_weights(directory, index))
-        shapes = [(1, heads, index.context_length, size) for heads, size in index.caches for _ in ("key", "value")]
-        self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(shape)) for shape in shapes]
+        tensors = [tensor for cache in index.caches for tensor in cache.tensors(index.context_length)]
+        self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(tensor)) for tensor in tensors]
         self._main: Any = _load_main(directory / LIBRARY)
 
     def reset(self) -> None:
@@ -106,11 +107,10 @@ def _load_runtime() -> None:
     ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
 
 
-def _aligned_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    size = int(np.prod(shape)) * np.dtype(np.float32).itemsize
-    buffer = np.zeros(size + ALIGNMENT, np.uint8)
+def _aligned_zeros(tensor: CacheTensor) -> npt.NDArray[Any]:
+    buffer = np.zeros(tensor.nbytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(np.float32).reshape(shape)
+    return buffer[start : start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
 
 
 def _map_weights(directory: Path, index: Index) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.cli import options
-from hikui.lowering.cli.console import emit, progress, size
+from hikui.lowering.cli.console import announce, emit, progress, size
 
 
 def lower(
@@ -22,11 +22,19 @@ def lower(
     target_bpw: options.TargetBpw = None,
     tokenizer: options.TokenizerFolder = None,
     debug_dump: options.DumpFolder = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew, and keep nothing to go on from after a kill.")
+    ] = False,
+    memory: options.Memory = None,
+    jobs: options.JobCount = 1,
+    engine: options.Engine = "processes",
     as_json: options.Json = False,
 ) -> None:
     """Lower a model to an artefact."""
     from hikui.lowering import driver
+    from hikui.lowering.jobs import Jobs
 
+    spread = Jobs(jobs, engine)
     with progress() as step:
         artefact = driver.lower(
             model,
@@ -39,7 +47,11 @@ def lower(
             target_bpw=target_bpw,
             tokenizer=tokenizer,
             debug_dump=debug_dump,
+            resume=not no_resume,
+            memory=options.nbytes(memory),
+            jobs=spread,
             progress=step,
+            announce=announce,
         )
     manifest = artefact.manifest
     sizes = manifest.sizes

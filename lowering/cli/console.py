@@ -30,6 +30,12 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield step
 
 
+def announce(sentence: str) -> None:
+    """A sentence on stderr for whoever watches a terminal."""
+    if sys.stderr.isatty():
+        typer.echo(sentence, err=True)
+
+
 def emit(content: object) -> None:
     """JSON on stdout."""
     typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

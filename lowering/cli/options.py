@@ -1,7 +1,7 @@
 """Arguments and options that several commands share."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -37,5 +37,41 @@ DumpFolder = Annotated[
         "--debug-dump", help="Folder for the program's text and its diff after each pass.", show_default=False
     ),
 ]
+Documents = Annotated[
+    int | None, typer.Option(min=1, help="Read only the first N documents.", metavar="N", show_default=False)
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        min=2, help="Read the documents joined, in windows of so many tokens.", metavar="N", show_default=False
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens that each window predicts after the ones before it; by default all of its own.",
+        metavar="S",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 Emulate = Annotated[bool, typer.Option("--emulate", help="Run an artefact for another architecture under qemu-user.")]
+Memory = Annotated[
+    float | None,
+    typer.Option(
+        "--memory",
+        help="Gigabytes that passes may take; by default what is free. What needs more is refused before it starts.",
+        min=0.0,
+        show_default=False,
+    ),
+]
+JobCount = Annotated[int, typer.Option("--jobs", help="Independent tasks done at a time.", min=1)]
+Engine = Annotated[
+    Literal["processes", "ray"], typer.Option("--engine", help="What does them; ray reaches other machines.")
+]
+
+
+def nbytes(gigabytes: float | None) -> int | None:
+    """Bytes of an option in gigabytes."""
+    return None if gigabytes is None else int(gigabytes * 1e9)

@@ -1,13 +1,12 @@
-"""`hikui run`, `hikui eval`, `hikui verify` and `hikui inspect`: what is done with an artefact."""
+"""`hikui run`, `hikui verify` and `hikui inspect`: what is done with an artefact."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hikui.lowering.cli import options
-from hikui.lowering.cli.console import emit, progress, size, table
+from hikui.lowering.cli.console import emit, size, table
 
 
 def run(
@@ -40,109 +39,6 @@ def run(
         )
         return
     typer.echo(prompt + text)
-
-
-def evaluate(
-    model: Annotated[
-        str, typer.Argument(help="An artefact, or a model, which then runs in the interpreter.", metavar="MODEL_OR_DIR")
-    ],
-    text: Annotated[Path, typer.Option(help="Text to predict, documents separated by <|endoftext|>.", metavar="FILE")],
-    against: Annotated[
-        str | None,
-        typer.Option(
-            help="Another model or artefact to compare with on the same tokens.", metavar="MODEL", show_default=False
-        ),
-    ] = None,
-    documents: Annotated[
-        int | None, typer.Option(min=1, help="Read only the first N documents.", metavar="N", show_default=False)
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            help="Run a model through this recipe first, in the interpreter.",
-            metavar="FILE_OR_NAME",
-            show_default=False,
-        ),
-    ] = None,
-    calibration: options.CalibrationText = None,
-    context: options.Context = None,
-    target_bpw: options.TargetBpw = None,
-    tokenizer: options.TokenizerFolder = None,
-    as_json: options.Json = False,
-    emulate: options.Emulate = False,
-) -> None:
-    """Measure quality, size and speed on a text."""
-    from hikui.lowering import evaluation
-    from hikui.lowering.subject import open_subject
-    from hikui.lowering.text import read_documents
-
-    texts = read_documents(text)
-    with progress() as step, evaluation.PeakMemory() as peak:
-        subject = open_subject(
-            model,
-            recipe=recipe,
-            calibration=calibration,
-            context=context,
-            target_bpw=target_bpw,
-            tokenizer=tokenizer,
-            emulate=emulate,
-            progress=step,
-        )
-        length = subject.runner.context_length
-        encoded = evaluation.encode_documents(texts, subject.codec, context=length, bos=subject.bos, limit=documents)
-        rates = evaluation.speed(subject.runner, encoded[0][: min(64, length // 2)])
-        own, _ = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos, progress=step)
-    content: dict[str, object] = {
-        "model": model,
-        "runs_as": subject.kind,
-        "protocol": evaluation.protocol(length, subject.bos),
-        "documents": own.documents,
-        "tokens": own.tokens,
-        "characters": own.characters,
-        "perplexity": own.perplexity,
-        "bits_per_char": own.bits_per_char,
-        "true_bpw": subject.true_bpw,
-        "linear_bytes": subject.linear_bytes,
-        "total_bytes": subject.total_bytes,
-        "peak_memory_bytes": peak.nbytes,
-        "prompt_tokens": rates.prompt_tokens,
-        "first_token_seconds": rates.first_token_seconds,
-        "tokens_per_second": rates.tokens_per_second,
-    }
-    if against is not None:
-        with progress() as step:
-            other = open_subject(against, context=None, tokenizer=tokenizer, emulate=emulate, progress=step)
-            compared, theirs = evaluation.quality(
-                subject.runner, encoded, subject.codec, bos=subject.bos, against=other.runner, progress=step
-            )
-        assert theirs is not None, "two models were measured"
-        content["against"] = {
-            "model": against,
-            "runs_as": other.kind,
-            "perplexity": theirs.perplexity,
-            "bits_per_char": theirs.bits_per_char,
-            "true_bpw": other.true_bpw,
-            "linear_bytes": other.linear_bytes,
-            "total_bytes": other.total_bytes,
-            "divergence": compared.divergence,
-            "agreement": compared.agreement,
-        }
-        other.runner.close()
-    subject.runner.close()
-    if as_json:
-        emit(content)
-    else:
-        _show(content)
-
-
-def _show(content: dict[str, object], indent: str = "") -> None:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            typer.echo(f"{indent}{key}:")
-            _show(value, indent + "  ")
-        else:
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            typer.echo(f"{indent}{key:<20} {shown}")
 
 
 def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emulate: options.Emulate = False) -> None:
@@ -187,6 +83,8 @@ def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) ->
         f"{sizes.true_bpw:.3f} bits per weight; {size(sizes.linear_bytes)} of linear sites, "
         f"{size(sizes.weight_bytes)} of weights, {size(sizes.total_bytes)} in {len(manifest.files)} files"
     )
+    if sizes.cache_bytes is not None:
+        typer.echo(f"key-value cache of {size(sizes.cache_bytes)} in {model.cache_format}")
     for name, count in sorted(Counter(site.format for site in manifest.sites.values()).items()):
         typer.echo(f"{count} sites of {name}")
     rows = [

@@ -6,12 +6,14 @@ docs/architecture.md has the layout in a table.
 """
 
 from hikui.lowering.formats.activations import activation_k, quantize_activation, quantize_activation_static
+from hikui.lowering.formats.cache import CODE_TYPES, cache_format, dequantize_cache, quantize_cache
 from hikui.lowering.formats.format import ACTIVATION_PADDING, GROUPS, MIXED, ROWS, SUM_WIDTH, Format, Segment
 from hikui.lowering.formats.kinds import FP4, KINDS, NF4, Kind
 from hikui.lowering.formats.packing import Packed, pack, unpack, unpack_codes, unpack_scale
 
 __all__ = [
     "ACTIVATION_PADDING",
+    "CODE_TYPES",
     "FP4",
     "GROUPS",
     "KINDS",
@@ -24,9 +26,12 @@ __all__ = [
     "Packed",
     "Segment",
     "activation_k",
+    "cache_format",
+    "dequantize_cache",
     "pack",
     "quantize_activation",
     "quantize_activation_static",
+    "quantize_cache",
     "unpack",
     "unpack_codes",
     "unpack_scale",

@@ -22,9 +22,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import hikui.lowering.dialect  # noqa: F401  (registers the ops that the wrapper calls)
+from hikui.lowering.cache_shape import CacheShape
 from hikui.lowering.checkpoint import check_finite
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.program import CacheShape, ModelConfig, Program
+from hikui.lowering.program import ModelConfig, Program
 from hikui.lowering.store import MemoryTensor, TensorSource, WeightStore
 from hikui.lowering.trace.blocks import assign_blocks
 from hikui.lowering.trace.convert import convert

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hikui.lowering.checkpoint import Checkpoint, Float32Tensor
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.quantised_checkpoint import CONFIG_KEY
 from hikui.lowering.store import MemoryTensor, TensorSource
 
 DEFAULT_CONTEXT = 2048
@@ -64,7 +65,8 @@ def open_model(model: str | Path | nn.Module, mode: FakeTensorMode) -> OpenModel
     """Opens a model; `mode` makes the fake parameters.
 
     Raises:
-        HikuiError: The checkpoint is missing, damaged, already quantised, or no causal language model.
+        HikuiError: The checkpoint is missing, damaged, quantised in a way that is not read, or no causal language
+            model.
     """
     if isinstance(model, nn.Module):
         return _open_module(model, mode)
@@ -171,6 +173,9 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
         config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
     except Exception as error:  # KeyError, ValueError, ImportError, validation errors: whatever the config provokes
         raise HikuiError(f"transformers rejects {checkpoint.folder / 'config.json'}: {_reason(error)}.") from error
+    if checkpoint.quantisation is not None and hasattr(config, CONFIG_KEY):
+        # The checkpoint gives floats, so the model is the float one.
+        delattr(config, CONFIG_KEY)
     _refuse_encoders(config)
     try:
         with torch.device("meta"):
@@ -243,16 +248,21 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, 
         if not held:
             missing.append(tied[0])
             continue
-        sources[tied[0]] = checkpoint.source(held[0], tied[0], shape)
+        sources[tied[0]] = checkpoint.source(held[0], tied[0], shape, transposed=_keeps_transposed(module, tied[0]))
         for name, key in zip(tied[1:], keys[1:], strict=True):
             if key is not None and key != held[0] and not checkpoint.identical(key, held[0]):
                 owner, _, attribute = name.rpartition(".")
                 setattr(module.get_submodule(owner), attribute, nn.Parameter(torch.empty(shape, device="meta")))
-                sources[name] = checkpoint.source(key, name, shape)
+                sources[name] = checkpoint.source(key, name, shape, transposed=_keeps_transposed(module, name))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise HikuiError(f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}; fetch it again.")
     return sources
+
+
+def _keeps_transposed(module: nn.Module, name: str) -> bool:
+    """Whether a parameter is the [K, N] matrix of a transformers `Conv1D`."""
+    return type(module.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
 
 
 def _with_fake_weights(module: nn.Module, mode: FakeTensorMode) -> nn.Module:

@@ -1,27 +1,50 @@
-"""Causal attention over a cache, as `scaled_dot_product_attention` states it."""
+"""Causal attention over a cache, float or quantised, as `scaled_dot_product_attention` states it."""
 
 import math
+import operator
 from dataclasses import dataclass
+from typing import TypeGuard
 
+import torch
 from torch import fx
 
-from hikui.passes.graph import argument, aten, hikui, is_call, same_size, shape
+from hikui.passes.graph import argument, aten, hikui, is_call, is_weight, same_size, shape
 from hikui.passes.patterns.match import NoMatch
 
 SDPA = aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
-class AttentionMatch:
-    """Attention of q [1, H, T, D] over the caches after k and v [1, KV, T, D] are written into them.
+class CacheMatch:
+    """A cache that is written and read.
 
     Attributes:
-        key_update, value_update: the `cache_update` nodes that the fused op takes over.
+        update: `cache_update` or `cache_update_quantized`.
+        values: the whole cache after it, float32 [1, KV, C, D].
+        step, centre: what the values read are multiplied by and then shifted by, [1, KV, 1, D] each, or None.
     """
 
+    update: fx.Node
+    values: fx.Node
+    step: fx.Node | None = None
+    centre: fx.Node | None = None
+
+    @property
+    def quantised(self) -> bool:
+        return is_call(self.update, hikui.cache_update_quantized.default)
+
+    @property
+    def past(self) -> fx.node.Argument:
+        return self.update.args[3 if self.quantised else 2]
+
+
+@dataclass(frozen=True)
+class AttentionMatch:
+    """Attention of q [1, H, T, D] over the caches after k and v [1, KV, T, D] are written into them."""
+
     q: fx.Node
-    key_update: fx.Node
-    value_update: fx.Node
+    keys: CacheMatch
+    values: CacheMatch
     past: fx.Node
     scale: float
     output: fx.Node
@@ -38,18 +61,20 @@ def match_attention(node: fx.Node) -> AttentionMatch | NoMatch:
     mask = argument(node, 3, "attn_mask")
     if not is_call(mask, hikui.causal_mask.default):
         return NoMatch(f"its mask is {_describe(mask)}, not hikui::causal_mask alone", node.name)
-    updates = [_cache_behind(operand, q) for operand in (keys, values)]
-    for found in updates:
+    caches = [_cache_behind(operand, q) for operand in (keys, values)]
+    for found in caches:
         if isinstance(found, NoMatch):
             return found
-    key_update, value_update = updates
-    assert isinstance(key_update, fx.Node) and isinstance(value_update, fx.Node)
+    of_keys, of_values = caches
+    assert isinstance(of_keys, CacheMatch) and isinstance(of_values, CacheMatch)
     past = mask.args[0]
-    if key_update.args[2] is not past or value_update.args[2] is not past:
+    if of_keys.past is not past or of_values.past is not past:
         return NoMatch("the mask and the caches count from different positions", node.name)
     assert isinstance(past, fx.Node)
-    if mask.args[2] != shape(key_update)[2] or shape(key_update) != shape(value_update):
+    if mask.args[2] != shape(of_keys.values)[2] or shape(of_keys.values) != shape(of_values.values):
         return NoMatch("the caches and the mask differ in shape", node.name)
+    if stored_type(of_keys) != stored_type(of_values):
+        return NoMatch("keys and values are stored in different forms", node.name)
     if not _masks_this_many(mask, q):
         return NoMatch("the mask has other rows than the queries", node.name)
     scale = argument(node, 6, "scale")
@@ -57,15 +82,23 @@ def match_attention(node: fx.Node) -> AttentionMatch | NoMatch:
         scale = 1.0 / math.sqrt(int(shape(q)[-1]))
     if not isinstance(scale, int | float):
         return NoMatch("its scale is not a number", node.name)
-    return AttentionMatch(q, key_update, value_update, past, float(scale), node)
+    return AttentionMatch(q, of_keys, of_values, past, float(scale), node)
+
+
+def stored_type(cache: CacheMatch) -> torch.dtype:
+    """What the tensor of a cache holds."""
+    stored = cache.update.args[0]
+    assert isinstance(stored, fx.Node)
+    dtype: torch.dtype = stored.meta["val"].dtype
+    return dtype
 
 
 def _masks_this_many(mask: fx.Node, q: fx.Node) -> bool:
     return same_size(shape(mask)[2], shape(q)[2])
 
 
-def _cache_behind(operand: object, q: fx.Node) -> fx.Node | NoMatch:
-    """The `cache_update` behind an operand of attention, through the repetition of its heads."""
+def _cache_behind(operand: object, q: fx.Node) -> CacheMatch | NoMatch:
+    """The cache behind an operand of attention, through the repetition of its heads and the scaling of its columns."""
     node = operand
     if is_call(node, aten.reshape.default):
         expanded = node.args[0]
@@ -84,26 +117,51 @@ def _cache_behind(operand: object, q: fx.Node) -> fx.Node | NoMatch:
         if argument(node, 2, "dim") != 1:
             return NoMatch(f"{node.name} does not repeat the heads of the cache", node.name)
         node = node.args[0]
-    if not is_call(node, hikui.cache_update.default):
+    chain: list[fx.Node] = []
+    step = centre = None
+    if is_call(node, aten.add.Tensor) and is_columns(node.args[1], node) and not node.kwargs:
+        centre = node.args[1]
+        chain.append(node)
+        node = node.args[0]
+    if is_call(node, aten.mul.Tensor) and is_columns(node.args[1], node):
+        step = node.args[1]
+        chain.append(node)
+        node = node.args[0]
+    if is_call(node, operator.getitem) and is_call(node.args[0], hikui.cache_update_quantized.default):
+        update = node.args[0]
+        if node.args[1] != 0:
+            return NoMatch(f"{node.name} is not what {update.name} lets be read", node.name)
+    elif is_call(node, hikui.cache_update.default) and not chain:
+        update = node
+    else:
         return NoMatch(f"its keys or values are {_describe(node)}, not an updated cache", q.name)
-    cache = node.args[0]
+    cache = update.args[0]
     if not isinstance(cache, fx.Node) or cache.op != "placeholder":
         return NoMatch(
-            f"{node.name} updates {_describe(cache)}, not a cache of the program",
-            node.name,
+            f"{update.name} updates {_describe(cache)}, not a cache of the program",
+            update.name,
         )
-    readers = [user for user in node.users if user.op != "output"]
-    if len(readers) != 1:
-        return NoMatch(
-            f"{node.name} is read by {len(readers)} calls, not by one attention alone",
-            node.name,
-        )
+    for link in (node, *chain):
+        readers = [user for user in link.users if user.op != "output"]
+        if len(readers) != 1:
+            return NoMatch(
+                f"{link.name} is read by {len(readers)} calls, not by one attention alone",
+                link.name,
+            )
     if int(shape(q)[1]) % int(shape(node)[1]):
         return NoMatch(
             f"{shape(q)[1]} query heads do not share {shape(node)[1]} cached ones evenly",
             node.name,
         )
-    return node
+    return CacheMatch(update, node, step, centre)
+
+
+def is_columns(node: object, values: fx.Node) -> TypeGuard[fx.Node]:
+    """Whether a node is a stored number for each column of each head of a cache: [1, KV, 1, D]."""
+    if not is_weight(node):
+        return False
+    _, heads, _, size = shape(values)
+    return shape(node) == (1, heads, 1, size)
 
 
 def _repeats_heads(source: fx.Node, expanded: fx.Node, merged: fx.Node) -> bool:

@@ -1,4 +1,7 @@
-"""A model of two blocks that uses every op and format of the dialect: the first block fused, the second not."""
+"""A model that uses every op and format of the dialect.
+
+Two blocks with all their parts, the first fused, the second not, and two of attention alone over quantised caches.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +78,9 @@ class _Model(nn.Module):
             own = {name.removeprefix(f"{block}."): tensor for name, tensor in t.items()}
             x, *new = make(own, x, cos, sin, past, *caches[2 * block : 2 * block + 2])
             written += new
+        for make, first in ((self.over_int8, 4), (self.over_int4, 8)):
+            x, *new = make(x, past, *caches[first : first + 4])
+            written += new
         ops = torch.ops.hikui
         x = ops.rms_norm(F.linear(x, t["plain"], t["plain.bias"]), t["norm"], 1e-5)
         x = ops.linear(x, t["middle"], None, t["plain.bias"], "float32", WIDTH)
@@ -137,11 +143,39 @@ class _Model(nn.Module):
         z = torch.index_select(z, -1, t["order"])
         return x + self.branch(1, t, ops.quantize_activation(z), z), keys, values
 
+    @staticmethod
+    def over_int8(
+        x: Tensor, past: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor
+    ) -> tuple[Tensor, ...]:
+        q = x.view(1, -1, HEADS, SIZE).transpose(1, 2).contiguous()
+        k, v = q[:, :KV_HEADS].contiguous(), q[:, KV_HEADS:].contiguous()
+        out, *caches = torch.ops.hikui.attention_quantized(
+            q, k, v, keys, values, key_scale, value_scale, past, SIZE**-0.5
+        )
+        return (x + out.transpose(1, 2).reshape(1, -1, WIDTH), *caches)
+
+    @staticmethod
+    def over_int4(
+        x: Tensor, past: Tensor, keys: Tensor, values: Tensor, key_scale: Tensor, value_scale: Tensor
+    ) -> tuple[Tensor, ...]:
+        update = torch.ops.hikui.cache_update_quantized
+        q = x.view(1, -1, HEADS, SIZE).transpose(1, 2)
+        k, keys, key_scale = update(keys, key_scale, q[:, KV_HEADS:].contiguous(), past)
+        v, values, value_scale = update(values, value_scale, q[:, :KV_HEADS].contiguous(), past)
+        share, mask = HEADS // KV_HEADS, torch.ops.hikui.causal_mask(past, x.shape[1], CONTEXT)
+        k, v = (
+            held[:, :, None].expand(1, KV_HEADS, share, CONTEXT, SIZE).reshape(1, HEADS, CONTEXT, SIZE)
+            for held in (k, v)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + out.transpose(1, 2).reshape(1, -1, WIDTH), keys, values, key_scale, value_scale
+
 
 def program(seed: int = 0) -> Program:
     """The program, traced by torch.export."""
     tensors = weights(seed)
-    config = ModelConfig(CONTEXT, VOCABULARY, (CacheShape(KV_HEADS, SIZE),) * 2, "every op", None, (EOS,))
+    shapes = tuple(CacheShape(KV_HEADS, SIZE, fmt) for fmt in ("float32", "float32", "int8", "int4"))
+    config = ModelConfig(CONTEXT, VOCABULARY, shapes, "every op", None, (EOS,))
     return _traced(_Model([*tensors]), tensors, config)
 
 
@@ -161,8 +195,7 @@ def table(rows: int, width: int) -> Program:
 
 
 def _traced(model: nn.Module, tensors: dict[str, Tensor], config: ModelConfig) -> Program:
-    shapes = [(1, cache.heads, config.context_length, cache.head_size) for cache in config.caches for _ in range(2)]
-    caches = [torch.zeros(shape) for shape in shapes]
+    caches = [torch.zeros(tensor.shape, dtype=getattr(torch, tensor.dtype)) for tensor in config.cache_tensors()]
     inputs = (*tensors.values(), torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), *caches)
     length = torch.export.Dim("length", min=2, max=config.context_length)
     dynamic = (*[None] * len(tensors), {1: length}, None, *[None] * len(caches))

@@ -213,6 +213,30 @@ def test_attention(tokens: int, past: int, random: torch.Generator) -> None:
     )
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+@pytest.mark.parametrize(("tokens", "past"), [(1, 0), (1, 9), (4, 0), (5, 3)])
+def test_quantised_caches(fmt: str, tokens: int, past: int, random: torch.Generator) -> None:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    (keys, key_scale), (values, value_scale) = (formats.quantize_cache(normal(1, 2, 10, 6), fmt) for _ in range(2))
+    caches = {"key_cache": keys, "value_cache": values, "key_scale": key_scale, "value_scale": value_scale}
+    operands = {"q": normal(1, 4, tokens, 6), "k": normal(1, 2, tokens, 6), "v": normal(1, 2, tokens, 6)}
+    position, kind = torch.tensor([past]), fmt.capitalize()
+    model, feed = single(f"Attention{kind}", {**operands, **caches, "past": position}, {}, outputs=5, scale=0.4)
+    out, *written = run(model, feed)
+    wanted, *kept = ops.attention_quantized(*operands.values(), *caches.values(), position, 0.4)
+    close(out, wanted)
+    for found, tensor in zip(written, kept, strict=True):
+        np.testing.assert_array_equal(found, tensor.numpy())
+    np.testing.assert_array_equal(feed["key_cache"], keys.numpy(), "inputs are not outputs unless bound so")
+
+    inputs = {"codes": keys, "scale": key_scale, "new": operands["k"], "past": position}
+    model, feed = single(f"CacheUpdate{kind}", inputs, {}, outputs=3)
+    for found, tensor in zip(run(model, feed), ops.cache_update_quantized(*inputs.values()), strict=True):
+        np.testing.assert_array_equal(found, tensor.numpy())
+
+
 def test_the_sessions_threads_give_the_same_numbers(random: torch.Generator) -> None:
     n, k = 2048, 512
     packed = weights(Format.parse("int4-g64"), n, k, random)

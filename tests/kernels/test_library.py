@@ -113,6 +113,31 @@ def test_wrong_calls_are_refused(library: Library) -> None:
         library("hikui_attention", wide, heads, heads, cache, cache, torch.tensor([0]), 1.0, wide)
 
 
+def test_wrong_quantised_caches_are_refused(library: Library) -> None:
+    heads, codes, past = torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 8, 8, dtype=torch.int8), torch.tensor([0])
+    nibbles, scale = torch.zeros(1, 2, 8, 4, dtype=torch.uint8), torch.zeros(1, 2, 8, dtype=torch.float16)
+
+    def attend(kind: str, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor = past) -> None:
+        library(f"hikui_attention_{kind}", heads, heads, heads, keys, values, scale, scale, at, 1.0, heads.clone())
+
+    with pytest.raises(HikuiError, match="hikui_attention_int8: key_cache must be int8"):
+        attend("int8", nibbles, nibbles)
+    with pytest.raises(HikuiError, match="hikui_attention_int4: value_cache must be uint8"):
+        attend("int4", nibbles, codes)
+    with pytest.raises(HikuiError, match=r"hikui_attention_int4: key_cache must be \[1, 2, 8, 4\]"):
+        attend("int4", codes.view(torch.uint8), codes.view(torch.uint8))
+    with pytest.raises(HikuiError, match="hikui_attention_int4: 3 tokens after 6 do not fit a cache of 8"):
+        attend("int4", nibbles, nibbles, torch.tensor([6]))
+    values = torch.zeros(1, 2, 8, 8)
+    with pytest.raises(HikuiError, match="hikui_cache_update_int8: 3 tokens after -1 do not fit a cache of 8"):
+        library("hikui_cache_update_int8", codes, scale, heads, torch.tensor([-1]), values)
+    with pytest.raises(HikuiError, match="scale is 2 rows of 7 where 2 of 8"):
+        library("hikui_cache_update_int8", codes, scale[:, :, :7].contiguous(), heads, past, values)
+    odd = torch.zeros(1, 2, 3, 9)
+    with pytest.raises(HikuiError, match="heads of 9 cannot be stored as two codes a byte"):
+        library("hikui_cache_update_int4", nibbles, scale, odd, past, torch.zeros(1, 2, 8, 9))
+
+
 def test_no_rows_is_no_work(library: Library) -> None:
     q, scale, sums = quantize_activation(torch.zeros(0, 64))
     library("hikui_quantize_activation", torch.zeros(0, 64), q, scale, sums)

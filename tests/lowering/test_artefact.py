@@ -48,6 +48,21 @@ def test_the_manifest_states_what_there_is(artefact: Artefact) -> None:
     assert {"report.json", "report.html", "recipe.resolved.yaml", "tokenizer/tokenizer.json"} <= set(manifest.files)
 
 
+def test_the_manifest_counts_the_cache(artefact: Artefact) -> None:
+    """Manifests from before it was counted can still be read."""
+    model, sizes = artefact.manifest.model, artefact.manifest.sizes
+    assert model.cache_format == "float32"
+    assert sizes.cache_bytes is not None
+    assert sizes.cache_bytes % (2 * 4 * model.layers * model.context_length) == 0 < sizes.cache_bytes
+
+    def forget(content: dict[str, dict[str, object]]) -> None:
+        del content["model"]["cache_format"], content["sizes"]["cache_bytes"]
+
+    edit(artefact, forget)
+    old = Artefact.load(artefact.directory).manifest
+    assert (old.model.cache_format, old.sizes.cache_bytes) == ("float32", None)
+
+
 def test_no_file_tells_where_or_when_it_was_made(artefact: Artefact, tiny: Path) -> None:
     for name in artefact.manifest.files:
         data = (artefact.directory / name).read_bytes()

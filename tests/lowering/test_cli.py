@@ -13,6 +13,7 @@ from hikui.backends.kernels.isa import ISAS
 from hikui.lowering import driver
 from hikui.lowering.artefact import MANIFEST, Artefact
 from hikui.lowering.cli import run
+from hikui.lowering.cli.evaluating import _show
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.generate import generate
 from hikui.lowering.interpreter import ReferenceRunner
@@ -42,7 +43,8 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *text, last = done.stdout.splitlines()
     assert last == "[] 0"
-    for name in ("lower", "run", "eval", "verify", "inspect", "opt", "explain", "passes", "targets", "doctor"):
+    names = "lower run eval compare verify inspect opt explain passes targets doctor"
+    for name in names.split():
         assert any(name in line.split() for line in text)
 
 
@@ -160,6 +162,94 @@ def test_eval_through_a_recipe_is_eval_of_the_artefact(
     assert "is an artefact, whose recipe and context are fixed" in err
 
 
+def test_eval_over_windows_names_its_protocol_and_pairs_with_the_float_model(
+    hikui_command: Command, capsys: pytest.CaptureFixture[str], tiny: Path, stories: Path
+) -> None:
+    options = ("--text", stories, "--documents", 3, "--window", 40, "--stride", 20, "--against", tiny, "--layers")
+    status, out, err = hikui_command("eval", tiny, "--recipe", "int4", *options, "--json")
+    assert (status, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["protocol_fields"] == {
+        "unit": "window", "context": 40, "stride": 20, "bos": 0, "joined_with": "<|endoftext|>",
+    }  # fmt: skip
+    assert len(answer["each"]) == answer["windows"] == len(answer["against"]["each"])
+    assert sum(part["tokens"] for part in answer["each"]) == answer["tokens"]
+    difference = answer["bits_per_char"] - answer["against"]["bits_per_char"]
+    assert answer["against"]["difference"] == pytest.approx(difference)
+    assert answer["against"]["difference_error"] < answer["bits_per_char_error"]
+    layers = answer["layers"]
+    assert {site["format"] for site in layers["sites"]} == {"int4-g64", "int8-g64"}
+    assert layers["sites"][-1]["cumulative"] == pytest.approx(layers["logits"])
+    assert layers["divergence"] > 0
+    _show(answer)
+    shown = capsys.readouterr().out
+    assert any(line.split()[:2] == ["lm_head", "int8-g64"] for line in shown.splitlines())
+    assert "every token predicted once" in shown
+    assert "protocol_fields" not in shown
+
+
+def test_eval_of_tasks(hikui_command: Command, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
+    task = tmp_path / "ends.jsonl"
+    rows = [{"context": "The fox", "choices": ["ran.", "sang."], "label": label} for label in (0, 1, 0)]
+    task.write_text("\n".join(map(json.dumps, rows)))
+    status, out, err = hikui_command("eval", tiny, "--tasks", task, "--limit", 2, "--json")
+    assert (status, err) == (0, "")
+    (score,) = json.loads(out)["tasks"]["scores"]
+    # The same question with either answer right: one of the two is.
+    assert (score["task"], score["documents"], score["acc"], score["acc_error"]) == ("ends", 2, 0.5, 0.5)
+    task.write_text('{"question": "The fox"}')
+    status, out, err = hikui_command("eval", tiny, "--tasks", task)
+    assert (status, out) == (2, "")
+    assert "ends.jsonl:1: this row has 'question'" in err
+
+
+def test_eval_refuses_what_would_have_no_effect(hikui_command: Command, tiny: Path, stories: Path) -> None:
+    text = ("--text", stories)
+    for options, words in (
+        ((), "There is nothing to measure"),
+        ((*text, "--stride", 4), "--stride has no effect without --window"),
+        ((*text, "--limit", 4), "--limit has no effect without --tasks"),
+        ((*text, "--layers"), "--layers has no effect without --recipe"),
+        ((*text, "--window", 9, "--stride", 10), "would skip tokens"),
+        ((*text, "--window", 65), "longer than the context of 64"),
+        ((*text, "--window", 65, "--recipe", "int2"), "longer than the context of 64"),
+        ((*text, "--recipe", "int2"), "none was given; give some with --calibration"),
+        ((*text, "--tasks", "nowhere.jsonl"), "There is no task nowhere.jsonl"),
+    ):
+        status, out, err = hikui_command("eval", tiny, *options)
+        assert (status, out) == (1 if "none was given" in words else 2, ""), options
+        assert words in err, options
+        assert err.count("\n") == 1, options
+
+
+def test_compare_writes_a_folder_and_takes_it_up(
+    hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path
+) -> None:
+    command = ("compare", tiny, "--recipes", "int8,int4", "--text", stories, "--documents", 2, "-o", tmp_path / "out")
+    status, out, err = hikui_command(*command, "--json")
+    assert (status, err) == (0, "")
+    answer = json.loads(out)
+    assert [row["label"] for row in answer["rows"]] == ["float model", "int8", "int4"]
+    assert answer == json.loads((tmp_path / "out" / "compare.json").read_text())
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
+    assert len(runs) == 3
+    status, out, _ = hikui_command(*command)
+    assert status == 0
+    assert out.startswith(" ")
+    assert "true bits" in out
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()} == runs
+    for options, words in (
+        (("--recipes", "int8", "--seeds", "0,x"), "give numbers separated by commas"),
+        (("--recipes", "int8", "--seeds", "1.5"), "seeds are whole numbers"),
+        (("--recipes", "int8", "--stride", "3"), "--stride has no effect without --window"),
+        ((), "There is nothing to compare"),
+    ):
+        status, out, err = hikui_command("compare", tiny, "--text", stories, *options)
+        assert (status, out) == (2, ""), options
+        assert words in err, options
+
+
 def test_verify_says_what_it_checked_and_fails_on_damage(hikui_command: Command, artefact: Artefact) -> None:
     status, out, _ = hikui_command("verify", artefact.directory, "--json")
     assert status == 0
@@ -180,6 +270,7 @@ def test_inspect_shows_the_manifest(hikui_command: Command, built: Artefact) -> 
     )
     out = hikui_command("inspect", built.directory)[1]
     assert all(name in out for name in built.manifest.sites)
+    assert "key-value cache of 24.6 kB in float32\n" in out
 
 
 def test_opt_prints_the_program_and_what_the_passes_did(hikui_command: Command, tiny: Path) -> None:

@@ -33,10 +33,12 @@ A, B = packed(Format("float16"), 3, 100), packed(Format("float16"), 21, 3)
 X = random(1, 5, 100)
 Q = formats.quantize_activation(X)
 CACHE = (random(1, 2, 16, 8), random(1, 2, 16, 8))
+CODES, SCALES = zip(*(formats.quantize_cache(cache, "int4") for cache in CACHE), strict=True)
 
 CASES = {
     "causal_mask": (torch.tensor([2]), 3, 16),
     "cache_update": (CACHE[0], random(1, 2, 3, 8), torch.tensor([4])),
+    "cache_update_quantized": (CODES[0], SCALES[0], random(1, 2, 3, 8), torch.tensor([4])),
     "linear": (X, INT4.weight, INT4.scale, random(21), "int4-g32", 21),
     "quantize_activation": (X,),
     "quantize_activation_int4": (X,),
@@ -49,6 +51,15 @@ CASES = {
     "swiglu_quantize": (X, random(1, 5, 100)),
     "rotary": (random(1, 4, 5, 8), random(1, 5, 8), random(1, 5, 8)),
     "attention": (random(1, 4, 3, 8), random(1, 2, 3, 8), random(1, 2, 3, 8), *CACHE, torch.tensor([6]), 0.3),
+    "attention_quantized": (
+        random(1, 4, 3, 8),
+        random(1, 2, 3, 8),
+        random(1, 2, 3, 8),
+        *CODES,
+        *SCALES,
+        torch.tensor([6]),
+        0.3,
+    ),
 }
 
 
@@ -67,6 +78,14 @@ def test_opcheck_of_every_kind(text: str) -> None:
     torch.library.opcheck(ops.linear.default, (X, weight, scale, None, text, 21))
     torch.library.opcheck(ops.linear_a8.default, (*Q, weight, scale, None, text, 21))
     torch.library.opcheck(ops.linear_a8_branch.default, (*Q, weight, scale, None, X, A.weight, B.weight, text, 21))
+
+
+def test_opcheck_of_int8_caches() -> None:
+    (keys, key_scale), (values, value_scale) = (formats.quantize_cache(cache, "int8") for cache in CACHE)
+    new, past = random(1, 2, 3, 8), torch.tensor([4])
+    torch.library.opcheck(ops.cache_update_quantized.default, (keys, key_scale, new, past))
+    operands = (random(1, 4, 3, 8), new, new, keys, values, key_scale, value_scale, past, 0.3)
+    torch.library.opcheck(ops.attention_quantized.default, operands)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 7), (2, 3, 130)])

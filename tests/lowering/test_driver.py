@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,8 +17,10 @@ from hikui.lowering import driver, verify_artefact
 from hikui.lowering.artefact import MANIFEST, Artefact, inventory
 from hikui.lowering.assemble import require_room
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Packed
 from hikui.lowering.runners import open_runner
 from hikui.lowering.trace import trace
+from hikui.passes.blockwise import Packer
 
 
 def lower_command(model: Path, output: Path, *options: str) -> list[str]:
@@ -38,6 +41,8 @@ def test_two_runs_write_the_same_bytes(tiny: Path, built: Artefact, tmp_path: Pa
         ("mixed-5.5bit", "onnxruntime"),
         ("int4-branch", "tvm"),
         ("int4-branch", "onnxruntime"),
+        ("awq-4bit", "tvm"),
+        ("rotation-gptq-3bit", "onnxruntime"),
     ],
 )
 def test_every_shipped_recipe_gives_an_artefact_that_verifies(
@@ -73,7 +78,7 @@ def test_a_recipe_that_calibrates_wants_text_before_any_work(tiny: Path, tmp_pat
     with pytest.raises(HikuiError, match="calibrate measures .* --calibration"):
         driver.lower(tiny, tmp_path / "out", recipe="mixed-5.5bit", progress=lambda label, _, __: done.append(label))
     assert done == []
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".out.resume"]
 
 
 def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) -> None:
@@ -129,7 +134,8 @@ def test_a_killed_run_leaves_no_half_artefact(tiny: Path, prepared: driver.Prepa
     assert not output.exists()
     artefact = driver.build(prepared, output)
     assert verify_artefact.check_files(artefact).passed
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # Of the killed run only what it had finished is there.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.resume", "out"]
 
 
 def test_a_full_disk_leaves_nothing_and_says_so_in_one_sentence(tiny: Path, tmp_path: Path) -> None:
@@ -161,3 +167,43 @@ def test_too_little_room_is_told_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(HikuiError, match=r"has room for \d+ MB, and \d+ MB are needed; make room or choose another -o"):
         require_room(tmp_path, 10**18)
     require_room(tmp_path, 1000)
+
+
+def test_what_was_finished_stays_until_the_artefact_is_there(
+    tiny: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rounded = tmp_path / "artefact", 0
+    options = {"recipe": "gptq-qep-2bit", "calibration": stories}
+    round_site = Packer._round
+
+    def counted(*args: Any) -> Packed:
+        nonlocal rounded
+        rounded += 1
+        return round_site(*args)
+
+    def fail(*_: object) -> None:
+        raise HikuiError("The compiler is gone.")
+
+    monkeypatch.setattr(Packer, "_round", counted)
+    with monkeypatch.context() as broken:
+        broken.setattr(driver, "assemble", fail)
+        with pytest.raises(HikuiError, match="compiler is gone"):
+            driver.lower(tiny, output, **options)  # type: ignore[arg-type]
+    first, kept = rounded, driver.resume_folder(output)
+    assert first > 10
+    assert not output.exists()
+    assert len(list(kept.iterdir())) == 1
+    (kept / "of another run").mkdir()
+    resumed = driver.lower(tiny, output, **options)  # type: ignore[arg-type]
+    assert rounded == first
+    assert not kept.exists()
+    anew = driver.lower(tiny, tmp_path / "anew", resume=False, **options)  # type: ignore[arg-type]
+    assert rounded == 2 * first
+    assert inventory(anew.directory) == inventory(resumed.directory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anew", "artefact"]
+
+
+def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(HikuiError, match=r"Pass gptq: It needs about .* and 0.00 GB of memory are there; use fewer"):
+        driver.lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, memory=1000)
+    assert not (tmp_path / "out").exists()

@@ -10,7 +10,7 @@ from hikui.lowering import driver, evaluation
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.interpreter import ReferenceRunner
 from hikui.lowering.subject import open_subject
-from hikui.lowering.text import TextCodec, read_documents
+from hikui.lowering.text import SEPARATOR, TextCodec, read_documents, read_text
 
 
 class Uniform:
@@ -112,6 +112,100 @@ def test_a_text_without_tokens_to_predict_is_refused(tiny: Path, tmp_path: Path)
         read_documents(empty)
     with pytest.raises(UsageError, match="No such file"):
         read_documents(tmp_path / "missing.txt")
+
+
+def naive_windows(ids: list[int], window: int, stride: int, bos: int | None) -> list[tuple[list[int], list[int]]]:
+    """What each window reads, and what it predicts."""
+    prefix = [] if bos is None else [bos]
+    out: list[tuple[list[int], list[int]]] = []
+    done = 0 if prefix else 1
+    while done < len(ids):
+        end = min(done + (stride if out else window), len(ids))
+        room = window - len(prefix)
+        out.append((prefix + ids[: end - 1][-room:], ids[done:end]))
+        done = end
+    return out
+
+
+@pytest.mark.parametrize("bos", [0, None])
+@pytest.mark.parametrize(("window", "stride"), [(16, 4), (16, 16), (33, 1), (2, 1), (64, 30), (5, 4)])
+def test_windows_predict_every_token_once_with_their_context(
+    tiny: Path, stories: Path, window: int, stride: int, bos: int | None
+) -> None:
+    codec, text = TextCodec(tiny), read_text(stories)[:400]
+    ids = codec.encode(text)
+    excerpts = evaluation.window_excerpts(text, codec, window=window, stride=stride, bos=bos)
+    found = [(list(excerpt.ids[:-1]), list(excerpt.ids[excerpt.first :])) for excerpt in excerpts]
+    assert found == naive_windows(ids, window, stride, bos)
+    assert [token for _, targets in found for token in targets] == (ids if bos is not None else ids[1:])
+    assert all(len(read) <= window for read, _ in found)
+    assert all(excerpt.first >= window - stride + 1 for excerpt in excerpts[1:])
+    counted = len(text) - text.count(SEPARATOR) * len(SEPARATOR) - (0 if bos is not None else 1)
+    assert text.count(SEPARATOR) > 0
+    assert sum(excerpt.characters for excerpt in excerpts) == counted
+
+
+def test_the_loss_over_windows_is_that_of_transformers(tiny: Path, stories: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    subject, text = open_subject(tiny), read_text(stories)
+    protocol, excerpts = evaluation.read(
+        text, subject.codec, context=64, bos=subject.bos, window=40, stride=25, limit=2
+    )
+    own, _ = evaluation.measure(subject.runner, excerpts)
+    ids = subject.codec.encode(SEPARATOR.join(text.split(SEPARATOR)[:2]))
+    nats = []
+    for read, targets in naive_windows(ids, 40, 25, subject.bos):
+        with torch.no_grad():
+            rows = model(torch.tensor([read])).logits[0].double().log_softmax(-1)[-len(targets) :]
+        nats.append(-float(rows.gather(1, torch.tensor(targets)[:, None]).sum()))
+    assert [score.nats for score in own.each] == pytest.approx(nats, rel=1e-5)
+    assert own.tokens == len(ids)
+    assert protocol.fields() == {"unit": "window", "context": 40, "stride": 25, "bos": 0, "joined_with": SEPARATOR}
+    assert "windows of 40 tokens every 25" in str(protocol)
+    assert "at least 16 tokens" in str(protocol)
+
+
+def test_windows_that_do_not_fit_are_refused(tiny: Path) -> None:
+    codec = TextCodec(tiny)
+    with pytest.raises(UsageError, match="window of 65 tokens is longer than the context of 64"):
+        evaluation.read("a b", codec, context=64, bos=0, window=65)
+    with pytest.raises(UsageError, match="stride of 9 would skip tokens between windows of 8"):
+        evaluation.read("a b", codec, context=64, bos=0, window=8, stride=9)
+    with pytest.raises(HikuiError, match="no two tokens"):
+        evaluation.read("a", codec, context=64, bos=None, window=8)
+
+
+def test_a_ratio_has_the_standard_error_that_resampling_gives() -> None:
+    generator = np.random.default_rng(3)
+    sizes = generator.uniform(20, 400, 60)
+    totals = sizes * generator.normal(1.0, 0.2, 60)
+    draws = generator.integers(0, 60, (20000, 60))
+    resampled = totals[draws].sum(axis=1) / sizes[draws].sum(axis=1)
+    assert evaluation.ratio_error(totals.tolist(), sizes.tolist()) == pytest.approx(resampled.std(), rel=0.05)
+    # Where all parts are of one size it is the standard error of a mean.
+    plain = evaluation.ratio_error(totals.tolist(), [1.0] * 60)
+    assert plain == pytest.approx(totals.std(ddof=1) / math.sqrt(60))
+    assert evaluation.ratio_error([1.0], [2.0]) is None
+
+
+def test_a_paired_difference_is_that_of_the_two_figures_and_surer_than_either() -> None:
+    generator = np.random.default_rng(4)
+    base = [evaluation.Score(100, int(c), float(c) * float(h)) for c, h in zip(
+        generator.integers(50, 500, 40), generator.uniform(0.5, 1.5, 40), strict=True
+    )]  # fmt: skip
+    worse = [evaluation.Score(s.tokens, s.characters, s.nats + 0.01 * s.characters) for s in base]
+    ours, theirs = evaluation.Quality(tuple(worse)), evaluation.Quality(tuple(base))
+    found = evaluation.paired(ours.each, theirs.each)
+    assert found.bits_per_char == pytest.approx(ours.bits_per_char - theirs.bits_per_char)
+    assert found.bits_per_char == pytest.approx(0.01 / math.log(2))
+    assert found.error == pytest.approx(0, abs=1e-9)
+    assert theirs.bits_per_char_error is not None
+    assert theirs.bits_per_char_error > 0.01
+    assert theirs.perplexity_error is not None
+    with pytest.raises(HikuiError, match="not measured on the same tokens"):
+        evaluation.paired(worse[1:], base)
 
 
 def test_peak_memory_sees_what_is_allocated_inside_and_not_before() -> None:

@@ -7,10 +7,10 @@ from torch import fx
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.interpreter import Interpreter
 from hikui.lowering.passes_base import PassContext
-from hikui.lowering.program import FORMAT, GROUP, SITE
+from hikui.lowering.program import FLOAT_WEIGHT, FORMAT, GROUP, SITE
 from hikui.models.synthetic import FAMILIES
 from hikui.passes import Activation, DeadCode
-from hikui.passes.graph import FLOAT_WEIGHT, hikui, sites
+from hikui.passes.graph import hikui, sites
 
 from .helpers import assert_settled, calibration, calls, canonical, check, lower, run
 

@@ -37,6 +37,7 @@ def test_statistics_against_float64_over_all_tokens(family: str) -> None:
         assert int(stored["tokens"]) == len(x) == 36
         assert torch.allclose(stored["mean_square"].double(), x.square().mean(0), rtol=1e-5, atol=0)
         assert torch.allclose(stored["max_abs"].double(), x.abs().amax(0), rtol=1e-5, atol=0)
+        assert torch.allclose(stored["mean_abs"].double(), x.abs().mean(0), rtol=1e-5, atol=0)
         gram = x.t() @ x / len(x)
         assert stored["gram"].dtype == torch.float64
         assert torch.allclose(stored["gram"], gram, rtol=1e-4, atol=1e-5 * float(gram.diagonal().max()))
@@ -48,7 +49,7 @@ def test_tied_sites_share_and_the_graph_stays() -> None:
     assert to_text(out) == to_text(program)
     by_group: dict[str, set[str]] = {}
     for node in sites(out):
-        assert set(node.meta[STATISTICS]) == {"mean_square", "max_abs", "tokens"}
+        assert set(node.meta[STATISTICS]) == {"mean_abs", "mean_square", "max_abs", "tokens"}
         by_group.setdefault(node.meta[GROUP], set()).add(node.meta[STATISTICS]["mean_square"])
     assert all(keys == {f"statistics/{group}/mean_square"} for group, keys in by_group.items())
     assert not [key for key in program.store.keys() if key.startswith("statistics/")]

@@ -1,0 +1,144 @@
+"""AWQ: scales up the weights of the columns whose activations are large, as far as the output's error shrinks."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.formats import Format
+from hikui.lowering.program import SITE, STATISTICS, Program
+from hikui.lowering.workers import Workers
+from hikui.passes.blockwise import Quantiser
+from hikui.passes.columns import column_order, require_mixable
+from hikui.passes.evidence import Evidence
+from hikui.passes.folding import Fold, row_parts
+from hikui.passes.graph import float_sites, selected, weight_of
+from hikui.passes.packing import load_finite
+from hikui.passes.rounding import Rounded, dequantise, round_matrix
+from hikui.passes.scaling import Choice, Scaling
+
+_STEPS = 20
+"""Exponents tried: 0, 1/20, … 19/20."""
+
+_SMALLEST = 1e-4
+"""Columns count as no smaller than this share of the largest: those that the text never excites stay in bounds."""
+
+
+@dataclass(frozen=True)
+class _Trial(Quantiser):
+    """What the search rounds with."""
+
+    name: ClassVar[str] = "awq"
+    clip: Literal["minmax", "mse"] = "minmax"
+
+    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
+        return round_matrix(weight, fmt, self.clip)
+
+
+@dataclass(frozen=True)
+class Awq(Scaling):
+    """Divides the columns of activations by s = (E|x|)^a, and multiplies the weights by it, with the best of 20 a.
+
+    The s of a group are normalised to √(max·min) = 1. Each a is judged by Σ E‖(Q(W·s)/s − W)·x‖² over the group's
+    sites, Q being rounding to the format that a site is assigned, or else to the format that the options give; with the
+    Gram matrix this is exact and needs no activations. After AWQ (Lin et al., 2023): there the error is taken where the
+    module of several sites ends, here at the output of each site; columns that come from one channel (query heads that
+    share a KV head) have the mean of their magnitudes here, and are left alone there. The factor goes where the
+    activation comes from, as in `smooth`; `rtn{clip=output}` has AWQ's search of clipped scales.
+
+    Attributes:
+        bits, group, format: as in `rtn`: what sites without an assigned format are judged in.
+        clip: how the scales are chosen while judging: `minmax` as in AWQ, or `mse`.
+        sites: regular expression of the sites; empty is all. A tied group takes part as a whole or not at all.
+        skip: regular expression of the sites to leave as they are.
+    """
+
+    name: ClassVar[str] = "awq"
+    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram")
+    bits: int = Quantiser.bits
+    group: int = Quantiser.group
+    format: str = ""
+    clip: Literal["minmax", "mse"] = "minmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._trial()
+
+    def _trial(self) -> _Trial:
+        return _Trial(self.bits, self.group, self.format, clip=self.clip)
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError where no float site is named, or one has not been measured."""
+        super().requires(program)
+        for node in selected(float_sites(program), self.sites, self.skip):
+            if (fmt := self._trial().format_of(node)).is_mixed:
+                require_mixable([node], fmt)
+
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+        """Tries every exponent on every site of the group."""
+        keys = found.members[0].meta[STATISTICS]
+        magnitude = found.mean(program.store.load(keys["mean_abs"]).double())
+        if not bool(magnitude.max() > 0):
+            return Choice(None, "it reads nothing but zeros")
+        magnitude = magnitude.clamp_min(_SMALLEST * float(magnitude.max()))
+        factors = [_normalised(magnitude ** (step / _STEPS)) for step in range(_STEPS)]
+        formats = {node: self._trial().format_of(node) for node in found.members}
+        judged = [node for node in found.members if formats[node].is_integer]
+        if not judged:
+            return Choice(None, "its formats are not rounded")
+        metric = _metric(program.store.load(keys["gram"]))
+        errors = torch.zeros(_STEPS, dtype=torch.float64)
+        for node in judged:
+            tied = [other for other in judged if formats[other] == formats[node]]
+            errors += self._judge(program, node, tied, formats[node], [s[found.ties] for s in factors], metric, workers)
+        best = int(errors.argmin())
+        if not bool(errors[best].isfinite()):
+            return Choice(None, "none of the scales fits float16")
+        saved = 1 - float(errors[best] / errors[0]) if float(errors[0]) > 0 else 0.0
+        return Choice(factors[best], f"a={best / _STEPS:g} takes {100 * saved:.1f} % off the squared output error")
+
+    def _judge(
+        self,
+        program: Program,
+        node: fx.Node,
+        tied: list[fx.Node],
+        fmt: Format,
+        factors: list[Tensor],
+        metric: Tensor,
+        workers: Workers,
+    ) -> Tensor:
+        """The site's squared output error with each factor: float64 [factors], over the mean square of x."""
+        order = column_order(program, tied, fmt).long() if fmt.is_mixed else None
+        back = None if order is None else order.argsort()
+        trial = self._trial()
+
+        def judge(part: slice) -> Tensor:
+            rows = load_finite(program, weight_of(node), node.meta[SITE], part)
+            out = torch.zeros(len(factors), dtype=torch.float64)
+            for index, factor in enumerate(factors):
+                scaled = rows * factor
+                try:
+                    rounded = trial.quantise(scaled if order is None else scaled[:, order], fmt, None, None)
+                except OverflowError:
+                    out[index] = torch.inf
+                    continue
+                dense = dequantise(rounded, fmt)
+                off = (dense if back is None else dense[:, back]).div_(factor).sub_(rows)
+                out[index] = (off @ metric).mul_(off).sum(dtype=torch.float64)
+            return out
+
+        total = torch.zeros(len(factors), dtype=torch.float64)
+        for errors in workers.map(judge, row_parts(node)):
+            total += errors
+        return total
+
+
+def _normalised(factor: Tensor) -> Tensor:
+    return (factor / (factor.max() * factor.min()).sqrt()).float()
+
+
+def _metric(gram: Tensor) -> Tensor:
+    """E[x·xᵀ] over the mean of its diagonal, float32."""
+    mean = float(gram.diagonal().mean())
+    return gram.float().div_(mean if mean > 0 else 1.0)

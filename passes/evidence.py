@@ -1,0 +1,107 @@
+"""What is known of the activations that a site reads."""
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.program import STATISTICS, Program
+from hikui.lowering.workers import Workers
+from hikui.passes import linalg
+
+
+@dataclass(eq=False)
+class Evidence:
+    """Statistics of an activation's K columns over all tokens that were seen; what was not asked for is None.
+
+    Attributes:
+        mean_square: float32 [k], E[x²].
+        max_abs: float32 [k], max|x|.
+        mean_abs: float32 [k], E|x|.
+        gram: float64 [k, k], E[x·xᵀ]. A quantiser may factor it in place.
+    """
+
+    mean_square: Tensor | None = None
+    max_abs: Tensor | None = None
+    mean_abs: Tensor | None = None
+    gram: Tensor | None = None
+
+    @staticmethod
+    def stored(program: Program, node: fx.Node, wanted: Set[str]) -> "Evidence":
+        """What `calibrate` has measured of a site."""
+        keys = node.meta[STATISTICS]
+        return Evidence(**{kind: _own(program.store.load(keys[kind])) for kind in sorted(wanted)})
+
+    def permuted(self, order: Tensor) -> "Evidence":
+        """The same with its columns in another order: int64 [k]."""
+        vectors = {
+            name: None if (held := getattr(self, name)) is None else held[order]
+            for name in ("mean_square", "max_abs", "mean_abs")
+        }
+        return Evidence(**vectors, gram=None if self.gram is None else linalg.permuted(self.gram, order))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    # A Gram matrix is factored in place, and the store's must stay.
+    return tensor.clone() if tensor.dim() == 2 else tensor
+
+
+class Sums:
+    """Running sums over the tokens of an activation, and over what became of it in the quantised model.
+
+    Args:
+        width: K.
+        wanted: what `evidence` will be asked for.
+        cross: also sum (x − x̂)·x̂ᵀ.
+        workers: share the tiles of the large matrices.
+    """
+
+    def __init__(self, width: int, wanted: Set[str], workers: Workers, *, cross: bool = False) -> None:
+        self.tokens = 0
+        self._workers = workers
+        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._magnitudes = torch.zeros(width, dtype=torch.float64)
+        self._largest = torch.zeros(width, dtype=torch.float32)
+        self._wanted = set(wanted)
+        self._gram = torch.zeros(width, width, dtype=torch.float64) if "gram" in wanted or cross else None
+        self._cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything that was seen is finite."""
+        return bool(self._squares.isfinite().all())
+
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Adds one text: x float32 [..., k], and for the cross term what x is in the float model."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.tokens += rows.shape[0]
+        magnitudes = rows.abs()
+        self._squares += rows.double().square().sum(0)
+        self._magnitudes += magnitudes.sum(0, dtype=torch.float64)
+        self._largest = torch.maximum(self._largest, magnitudes.amax(0))
+        if self._gram is not None:
+            linalg.add_gram(self._gram, rows, self._workers)
+        if self._cross is not None:
+            assert reference is not None, "the cross term compares with the float model"
+            linalg.add_cross(self._cross, reference.reshape(rows.shape) - rows, rows, self._workers)
+
+    def evidence(self) -> Evidence:
+        """The means; the Gram matrix is handed over, so it can be had once."""
+        every = {
+            "mean_square": (self._squares / self.tokens).float(),
+            "max_abs": self._largest,
+            "mean_abs": (self._magnitudes / self.tokens).float(),
+        }
+        out = Evidence(**{name: tensor for name, tensor in every.items() if name in self._wanted})
+        if self._gram is not None:
+            linalg.mirror(self._gram)
+            self._gram /= self.tokens
+            out.gram, self._gram = self._gram, None
+        return out
+
+    def cross(self) -> Tensor:
+        """E[(x − x̂)·x̂ᵀ], float64 [k, k]; it can be had once."""
+        assert self._cross is not None, "it was asked for"
+        out, self._cross = self._cross, None
+        return out.div_(self.tokens)

@@ -1,0 +1,171 @@
+"""The walk through a model that quantises behind what is already quantised.
+
+Sites are visited in the order in which activations reach them: in a usual block q, k and v, then o, then gate and up,
+then down. At each tied group the float activation X and the quantised one X̂ are both at hand; the group is corrected
+and rounded on them, and X̂ goes on through the rounded matrices. After each block what is finished can be kept on disk.
+"""
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.passes_base import PassContext
+from hikui.lowering.program import CORRECTION, SITE, Program
+from hikui.lowering.resume import Resume
+from hikui.lowering.streaming import Stream
+from hikui.lowering.workers import Workers
+from hikui.passes.blockwise import Packer, Quantiser
+from hikui.passes.correction import correct
+from hikui.passes.evidence import Sums
+from hikui.passes.footprint import estimate, refuse_what_cannot_fit
+from hikui.passes.graph import blocks
+
+
+class Walk:
+    """One pass of a quantiser through a model.
+
+    Args:
+        quantiser: rounds.
+        program: the program before the pass, for the float activations.
+        work: its clone, which is changed.
+        context: has the calibration text.
+        workers: threads.
+
+    Raises:
+        HikuiError: there is no calibration text, or what must be in memory at once does not fit.
+    """
+
+    def __init__(
+        self, quantiser: Quantiser, program: Program, work: Program, context: PassContext, workers: Workers
+    ) -> None:
+        if context.calibration is None:
+            raise HikuiError(
+                "It follows real text through the model and none was given; give some with --calibration TEXT_FILE."
+            )
+        self._quantiser = quantiser
+        self._program = program
+        self._work = work
+        self._context = context
+        self._workers = workers
+        self._texts = context.calibration.chunks
+        chosen = quantiser.chosen(work)
+        self._packer = Packer(quantiser, work, [(node, quantiser.format_of(node)) for node in chosen], workers)
+        self._blocks = blocks(chosen)
+        self._total = sum(map(len, self._blocks))
+        self._done = 0
+        corrected = any(CORRECTION in node.meta for node in chosen)
+        self._reads_float = quantiser.reads_float
+        self._needs_float = corrected or quantiser.reads_float
+        self._counterparts = {node.name: node for node in program.graph.nodes}
+        footprint = estimate(
+            work,
+            self._blocks,
+            self._texts,
+            streams=1 + (corrected and not quantiser.reads_float),
+            matrices=("gram" in quantiser.wants() or corrected) + corrected,
+            spare=quantiser.spare_matrices,
+            corrected=corrected,
+            workers=workers.count,
+        )
+        context.announce(f"{quantiser.name} needs {footprint}")
+        refuse_what_cannot_fit(footprint, context)
+
+    def run(self) -> list[str]:
+        """Quantises every group; returns the notes."""
+        notes: list[str] = []
+        finished = self._finished()
+        with ExitStack() as stack:
+            float_stream = stack.enter_context(self._stream(self._program)) if self._needs_float else None
+            stream = None if self._reads_float else stack.enter_context(self._stream(self._work))
+            for index in range(finished):
+                kept = self._context.resume.scope(f"block-{index}")
+                for group in self._blocks[index]:
+                    for node in group:
+                        notes += self._packer.pack(node, None, resume=kept)
+                    self._step()
+            if 0 < finished < len(self._blocks):
+                states = self._context.resume.scope(f"streams-{finished - 1}")
+                for name, each in (("float", float_stream), ("quantised", stream)):
+                    if each is not None:
+                        each.restore(states.scope(name))
+            for index in range(finished, len(self._blocks)):
+                kept = self._context.resume.scope(f"block-{index}")
+                for group in self._blocks[index]:
+                    notes += self._quantise(group, float_stream, stream, kept)
+                    self._step()
+                self._keep(index, float_stream, stream)
+        return notes
+
+    def _stream(self, program: Program) -> Stream:
+        return Stream(
+            program, self._texts, self._workers, scratch=self._context.scratch, as_float=program is self._program
+        )
+
+    def _step(self) -> None:
+        self._done += 1
+        self._context.progress(self._quantiser.name, self._done, self._total)
+
+    def _quantise(
+        self, group: list[fx.Node], float_stream: Stream | None, stream: Stream | None, kept: Resume
+    ) -> list[str]:
+        """Brings both streams to a group, and corrects and rounds it there."""
+        first = group[0]
+        corrected = [node for node in group if CORRECTION in node.meta]
+        counterpart = self._counterparts[first.name]
+        source = counterpart.args[0]
+        assert isinstance(source, fx.Node), "a site reads an activation"
+        sums: list[Sums] = []
+
+        def observe(number: int, args: tuple[object, ...], _: object) -> None:
+            x = args[0]
+            assert isinstance(x, Tensor)
+            if not sums:
+                sums.append(Sums(x.shape[-1], self._quantiser.wants(), self._workers, cross=bool(corrected)))
+            reference = float_stream.value(number, source) if corrected and float_stream is not None else None
+            sums[0].add(x, reference)
+
+        if float_stream is not None:
+            float_stream.advance(counterpart, {counterpart: observe} if stream is None else None)
+        if stream is not None:
+            stream.advance(first, {first: observe})
+        (measured,) = sums
+        if not measured.finite:
+            raise HikuiError(
+                f"Site {first.meta[SITE]} reads NaN or infinite activations on the calibration text; the model itself "
+                "is broken there, or what was quantised before it."
+            )
+        evidence = measured.evidence()
+        weights: dict[str, Tensor] = {}
+        if corrected:
+            assert evidence.gram is not None, "it was measured with the cross term"
+            weights = correct(self._work, corrected, evidence.gram, measured.cross(), self._workers)
+        notes: list[str] = []
+        for node in group:
+            site = node.meta[SITE]
+            notes += self._packer.pack(node, evidence, resume=kept, weight=weights.pop(site, None))
+        return notes
+
+    # ── going on after a kill ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _finished(self) -> int:
+        """How many leading blocks an earlier run has finished."""
+        resume = self._context.resume
+        if not resume:
+            return 0
+        return next((i for i in range(len(self._blocks)) if resume.load(f"finished-{i}") is None), len(self._blocks))
+
+    def _keep(self, index: int, float_stream: Stream | None, stream: Stream | None) -> None:
+        """Says that a block is finished, once its matrices and the activations at its end are on disk."""
+        resume = self._context.resume
+        if not resume:
+            return
+        if index + 1 < len(self._blocks):
+            states = resume.scope(f"streams-{index}")
+            for name, each in (("float", float_stream), ("quantised", stream)):
+                if each is not None:
+                    each.save(states.scope(name))
+        resume.save(f"finished-{index}", {"done": torch.tensor(1)})
+        if index:
+            resume.scope(f"streams-{index - 1}").drop()
