@@ -169,7 +169,8 @@ def at_blocks(
 
 
 def matrices(program: Program, span: BlockSpan) -> dict[fx.Node, Tensor]:
-    return {node: program.store.load(program.weight_of(weight_of(node))) for node in span.sites}
+    # Copies: the store of a cached program is shared by other tests, and gradients are asked of these.
+    return {node: program.store.load(program.weight_of(weight_of(node))).clone() for node in span.sites}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

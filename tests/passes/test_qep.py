@@ -33,7 +33,7 @@ def inputs(program: Program, data: Calibration, site: str) -> Tensor:
 
 def test_text() -> None:
     check(
-        lower(canonical("llama"), "qep{alpha=0.25,skip=down_proj},qep{alpha=0.1,damping=0.5}"),
+        lower(canonical("llama"), "qep{alpha=0.25,damping=1,skip=down_proj},qep{alpha=0.1,damping=0.5}"),
         """
         // CHECK: aten.linear({{.*}}) : f32[1, T, 48]  // site=model.layers.0.self_attn.q_proj {{.*}} correction=0.25/1
         // CHECK: site=model.layers.0.mlp.up_proj {{.*}} correction=0.25/1
