@@ -58,7 +58,13 @@ class Run:
     @property
     def key(self) -> str:
         """What tells it from others."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.named, sort_keys=True)
+
+    @property
+    def named(self) -> dict[str, object]:
+        """The run with the names of its files, which say the same on every machine."""
+        names = {name: Path(getattr(self, name)).name for name in ("model", "text", "calibration")}
+        return {**asdict(self), **names}
 
     @property
     def passes(self) -> list[object]:
@@ -121,7 +127,7 @@ def measure(run: Run) -> dict[str, object]:
     program = Pipeline(steps.build(driver.available_passes())).run(there.program, PassContext(data))
     seconds = time.perf_counter() - start
     return {
-        **asdict(run),
+        **run.named,
         "bits_per_char": there.bits(program),
         "float_bits_per_char": there.reference,
         "true_bpw": sizes.measure(program).true_bpw,

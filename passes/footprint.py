@@ -102,22 +102,22 @@ def estimate(
         for value in node.all_input_nodes:
             if WEIGHT in value.meta and value not in seen:
                 seen.add(value)
-                weights += _nbytes(value, widest)
+                weights += value_nbytes(value, widest)
         flowing = [value for value in node.all_input_nodes if WEIGHT not in value.meta]
-        transient = max(transient, sum(_nbytes(value, widest) for value in (*flowing, node)))
+        transient = max(transient, sum(value_nbytes(value, widest) for value in (*flowing, node)))
         if sees_text(node, varying, tokens):
             varying.add(node.name)
             born = [node] if node in last else []
             dead = [value for value in flowing if value.name in varying and last[value] == index]
             for length in alive:
-                alive[length] += sum(_nbytes(value, length) for value in born)
-                alive[length] -= sum(_nbytes(value, length) for value in dead)
+                alive[length] += sum(value_nbytes(value, length) for value in born)
+                alive[length] -= sum(value_nbytes(value, length) for value in dead)
     activations = streams * most
     kept = min(activations, streams * ACTIVATION_MEMORY)
     return Footprint(peak + kept, activations - kept, site, squares, kept)
 
 
-def _nbytes(node: fx.Node, tokens: int) -> int:
+def value_nbytes(node: fx.Node, tokens: int) -> int:
     """Bytes of a node's tensors for a text of so many tokens; integers take none."""
     value = node.meta.get("val")
     parts = value if isinstance(value, tuple | list) else (value,)

@@ -24,8 +24,7 @@ from hikui.passes.block_training import BlockSpan, spans
 from hikui.passes.blockwise import Packer, Quantiser
 from hikui.passes.columns import Orders
 from hikui.passes.evidence import Evidence
-from hikui.passes.footprint import Footprint, estimate, refuse_what_cannot_fit
-from hikui.passes.footprint import _nbytes as value_nbytes
+from hikui.passes.footprint import Footprint, estimate, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.graph import blocks, matrix_shape, weight_of
 from hikui.passes.learned_scales import LearnedScales
 from hikui.passes.lesson import Lesson, Schedule
