@@ -11,7 +11,6 @@ quantised, in a child process with a scratch folder, as `hikui lower` does it. S
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 PHASES = ("forward", "sums", "factor", "correction", "rounding")
 
 
-def timed(owner: Any, name: str, phase: str, spent: dict[str, float], stack: list[str]) -> None:
+def timed(owner: Any, name: str, phase: str, spent: dict[str, float]) -> None:
     """Replaces a function by one that books its time; what it calls that is booked elsewhere is not counted twice."""
     function: Callable[..., Any] = getattr(owner, name)
 
@@ -53,13 +52,13 @@ def child(options: argparse.Namespace) -> None:
     from hikui.passes.blockwise import Packer
     from hikui.passes.evidence import Sums
 
-    spent, stack = dict.fromkeys(PHASES, 0.0), list[str]()
-    timed(Stream, "advance", "forward", spent, stack)
-    timed(Sums, "add", "sums", spent, stack)
-    timed(Sums, "evidence", "sums", spent, stack)
-    timed(linalg, "factor_upper", "factor", spent, stack)
-    timed(walk, "correct", "correction", spent, stack)
-    timed(Packer, "pack", "rounding", spent, stack)
+    spent = dict.fromkeys(PHASES, 0.0)
+    timed(Stream, "advance", "forward", spent)
+    timed(Sums, "add", "sums", spent)
+    timed(Sums, "evidence", "sums", spent)
+    timed(linalg, "factor_upper", "factor", spent)
+    timed(walk, "correct", "correction", spent)
+    timed(Packer, "pack", "rounding", spent)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         start = time.perf_counter()
         program = trace(options.checkpoint, scratch=Path(folder), context=options.context)
@@ -110,10 +109,12 @@ def main() -> None:
     first = rf"layers\.({'|'.join(map(str, range(options.blocks)))})\."
     rows = []
     for pipeline in options.pipeline or ["rtn{bits=4,group=128,SITES}", "gptq{bits=4,group=128,SITES}"]:
-        command = [sys.executable, "-m", "benchmarks.large", *sys.argv[1:], "--child", "--pipeline"]
         chosen = pipeline.replace("SITES", f'sites="{first}"')
-        plain = [part for part in command if part not in (options.pipeline or []) or part == chosen]
-        result = subprocess.run([*plain, chosen], check=True, stdout=subprocess.PIPE, text=True, env=os.environ)
+        given = {name: getattr(options, name) for name in ("checkpoint", "calibration", "blocks", "samples", "tokens")}
+        given |= {name: value for name in ("context", "scratch") if (value := getattr(options, name)) is not None}
+        command = [sys.executable, "-m", "benchmarks.large", "--child", "--pipeline", chosen]
+        command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+        result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(result.stdout.splitlines()[-1]))
         print(json.dumps(rows[-1], indent=1), flush=True)
     if options.json:
