@@ -203,7 +203,7 @@ class Stream:
         dense: dict[str, Tensor] = {}
         for node, _ in calls:
             if node.target is _LINEAR:
-                dense[node.name] = self._dequantised(node)
+                dense[node.name] = self._matrix(node)
             for operand in node.all_input_nodes:
                 if WEIGHT in operand.meta and operand.name not in weights:
                     packed = node.target is _LINEAR and operand in node.args[1:3]
@@ -211,18 +211,14 @@ class Stream:
                         weights[operand.name] = self.program.store.load(self.program.weight_of(operand))
         return _Stage(calls, weights, dense, alive)
 
-    def _dequantised(self, node: fx.Node) -> Tensor:
+    def _matrix(self, node: fx.Node) -> Tensor:
         """The matrix that a packed site multiplies with, float32 [n, k]."""
         store = self.program.store
         key = node.meta.get(FLOAT_WEIGHT)
         if self._as_float and key is not None:
             held, weight = column_order(node), store.load(str(key))
             return weight if held is None else weight[:, store.load(self.program.weight_of(held)).long()]
-        x, packed, scale, _, fmt, rows = node.args
-        assert isinstance(x, fx.Node) and isinstance(packed, fx.Node) and isinstance(rows, int)
-        scales = store.load(self.program.weight_of(scale)) if isinstance(scale, fx.Node) else None
-        codes = store.load(self.program.weight_of(packed))
-        return formats.unpack(Format.parse(str(fmt)), codes, scales, rows, int(x.meta["val"].shape[-1]))
+        return dequantised(self.program, node)
 
     def _run(
         self, stage: _Stage, values: dict[str, object], beside: Mapping[str, object], watched: Mapping[str, object]
@@ -326,6 +322,15 @@ class Stream:
             self._shared[length] = _whole(_found(resume, f"length-{length}"))
         for number in range(len(self._texts)):
             self._keep(number, _whole(_found(resume, f"{number}")))
+
+
+def dequantised(program: Program, node: fx.Node) -> Tensor:
+    """The matrix that a `hikui::linear` multiplies with, its columns as they are stored: float32 [n, k]."""
+    x, packed, scale, _, fmt, rows = node.args
+    assert isinstance(x, fx.Node) and isinstance(packed, fx.Node) and isinstance(rows, int)
+    scales = program.store.load(program.weight_of(scale)) if isinstance(scale, fx.Node) else None
+    codes = program.store.load(program.weight_of(packed))
+    return formats.unpack(Format.parse(str(fmt)), codes, scales, rows, int(x.meta["val"].shape[-1]))
 
 
 def sees_text(node: fx.Node, varying: Collection[str], tokens: str) -> bool:

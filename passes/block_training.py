@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hikui.lowering import dialect, formats
-from hikui.lowering.formats import Format
+from hikui.lowering import dialect
 from hikui.lowering.interpreter import block_segments, empty_cache
 from hikui.lowering.program import BLOCK, WEIGHT, Program, evaluate
-from hikui.lowering.streaming import sees_text
+from hikui.lowering.streaming import dequantised, sees_text
 
 _hikui = torch.ops.hikui
 
@@ -128,7 +127,7 @@ class TrainingBlock:
         self._dense: dict[fx.Node, Tensor] = {}
         for node in self._calls:
             if node.target is _LINEAR:
-                self._dense[node] = self._dequantised(node)
+                self._dense[node] = dequantised(self._program, node)
         for node in operands:
             read = [user for user in node.users if user in held]
             if WEIGHT in node.meta and not all(_is_matrix(node, user, learned) for user in read):
@@ -138,12 +137,6 @@ class TrainingBlock:
 
     def _load(self, node: fx.Node) -> Tensor:
         return self._program.store.load(self._program.weight_of(node))
-
-    def _dequantised(self, node: fx.Node) -> Tensor:
-        x, packed, scale, _, fmt, rows = node.args
-        assert isinstance(x, fx.Node) and isinstance(packed, fx.Node) and isinstance(rows, int)
-        scales = self._load(scale) if isinstance(scale, fx.Node) else None
-        return formats.unpack(Format.parse(str(fmt)), self._load(packed), scales, rows, int(x.meta["val"].shape[-1]))
 
     @torch.no_grad()
     def _fixed(self, wanted: list[fx.Node], length: int) -> dict[fx.Node, object]:
