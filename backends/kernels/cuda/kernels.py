@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from hikui.lowering import formats
@@ -46,22 +47,25 @@ def served(activations: str) -> tuple[str, str, str]:
 
 
 def makers() -> dict[str, Callable[[str], Any]]:
-    """For every symbol, what makes its TIR when given the symbol."""
-    from hikui.backends.kernels.cuda.activation import quantize_activation
-    from hikui.backends.kernels.cuda.dense import dense
-    from hikui.backends.kernels.cuda.integer import integer
-    from hikui.backends.kernels.cuda.weight_only import weight_only
-
+    """For every symbol, what makes its TIR when given the symbol; TVM is imported when one is called."""
     table: dict[str, Callable[[str], Any]] = {}
     for kind in KINDS:
         for rows in INTEGER_ROWS:
-            table[integer_symbol(kind, rows)] = partial(integer, kind, rows)
+            table[integer_symbol(kind, rows)] = partial(_made, "integer.integer", kind, rows)
         for dtype in ("float32", "float16"):
             for rows in FLOAT_ROWS:
-                table[weight_only_symbol(kind, dtype, rows)] = partial(weight_only, kind, dtype, rows)
+                made = partial(_made, "weight_only.weight_only", kind, dtype, rows)
+                table[weight_only_symbol(kind, dtype, rows)] = made
     for kind in DENSE:
         for rows in FLOAT_ROWS:
-            table[dense_symbol(kind, rows)] = partial(dense, kind, rows)
+            table[dense_symbol(kind, rows)] = partial(_made, "dense.dense", kind, rows)
     for suffix, (largest, static) in QUANTIZERS.items():
-        table[f"hikui_quantize_activation{suffix}"] = partial(quantize_activation, largest, static)
+        made = partial(_made, "activation.quantize_activation", largest, static)
+        table[f"hikui_quantize_activation{suffix}"] = made
     return table
+
+
+def _made(maker: str, *arguments: object) -> Any:
+    """What a function of a module beside this one makes."""
+    module, function = maker.split(".")
+    return getattr(import_module(f"hikui.backends.kernels.cuda.{module}"), function)(*arguments)
