@@ -19,10 +19,13 @@ from hikui.lowering.workers import Workers
 from hikui.passes import linalg
 from hikui.passes.blockwise import Quantiser
 from hikui.passes.evidence import Evidence
-from hikui.passes.rounding import Rounded, nearest_codes, round_matrix
+from hikui.passes.rounding import Rounded, inverse, nearest, round_matrix
 
 _BLOCK = 128
 """Columns whose errors are applied to all later ones at once."""
+
+_STRIP = 32
+"""Columns of these whose errors are applied at once to those behind them in the block."""
 
 
 class Factor(NamedTuple):
@@ -118,27 +121,29 @@ def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importanc
     n, k = weight.shape
     scales = _Scales(weight, fmt, clip, importance, beforehand=factor.order is not None)
     order = torch.arange(k) if factor.order is None else factor.order
-    wanted = weight[:, order].double()
-    codes = torch.empty(n, k, dtype=torch.int8)
-    errors = torch.empty(n, k, dtype=torch.float64)
-    positions = order.tolist()
+    # Transposed, so that a column is a run of memory: what each column is to be, and once it is rounded, what it lacks.
+    left = weight.t().contiguous()[order].double()
+    codes = torch.empty(k, n, dtype=torch.int8)
+    positions, pivots = order.tolist(), factor.upper.diagonal().tolist()
     for start, stop in _parts(k, scales.starts, own_order=factor.order is None):
-        corner = factor.upper[start:stop, start:stop].triu()
-        carried = errors[:, :start] @ factor.upper[:start, start:stop]
+        carried = factor.upper[:start, start:stop].t() @ left[:start]
         if factor.order is None:
             # What GPTQ would have made of these columns by now: their best values, given all errors before them.
-            updated = wanted[:, start:stop] + torch.linalg.solve_triangular(corner, carried, upper=True, left=False)
-            scales.meet(start, stop, updated.float())
-        for at in range(start, stop):
-            inner, position = at - start, positions[at]
-            target = wanted[:, at] + carried[:, inner] / corner[inner, inner]
-            scale, kind = scales.of(position)
-            code = nearest_codes(target.float(), scale, kind)
-            codes[:, position] = code.to(torch.int8)
-            error = wanted[:, at] - code.double() * scale.double()
-            errors[:, at] = error
-            carried[:, inner + 1 :].addr_(error, corner[inner, inner + 1 :])
-    return Rounded(codes, scales.table)
+            corner = factor.upper[start:stop, start:stop].t()
+            updated = left[start:stop] + torch.linalg.solve_triangular(corner, carried, upper=False)
+            scales.meet(start, stop, updated.t().float())
+        for first in range(start, stop, _STRIP):
+            last = min(first + _STRIP, stop)
+            for at in range(first, last):
+                carry = torch.addmv(carried[at - start], left[first:at].t(), factor.upper[first:at, at])
+                target = carry.mul_(1 / pivots[at]).add_(left[at])
+                scale, inverse, kind = scales.of(positions[at])
+                code = nearest(target.float().mul_(inverse), kind)
+                codes[positions[at]] = code
+                left[at] -= code.mul_(scale)
+            later = factor.upper[first:last, last:stop]
+            carried[last - start :].addmm_(later.t(), left[first:last])
+    return Rounded(codes.t().contiguous(), scales.table.t().contiguous())
 
 
 def _parts(k: int, starts: list[int], *, own_order: bool) -> list[tuple[int, int]]:
@@ -161,7 +166,8 @@ class _Scales:
             size = part.format.group_size(part.stop - part.start)
             self._groups += [(part, at, min(at + size, k)) for at in range(part.start, part.stop, size)]
         self.starts = [start for _, start, _ in self._groups]
-        self.table = torch.zeros(n, len(self._groups))
+        self.table = torch.zeros(len(self._groups), n)
+        self._inverse = torch.zeros_like(self.table)
         self._group_of = [index for index, (_, start, stop) in enumerate(self._groups) for _ in range(start, stop)]
         whole = {index for index, (_, start, stop) in enumerate(self._groups) if beforehand or stop - start > _BLOCK}
         for index in sorted(whole):
@@ -180,9 +186,10 @@ class _Scales:
         part, start, stop = self._groups[index]
         importance = None if self._importance is None else self._importance[start:stop]
         rounded = round_matrix(columns, Format(part.format.kind), self._clip, importance)
-        self.table[:, index] = rounded.scale[:, 0]
+        self.table[index] = rounded.scale[:, 0]
+        self._inverse[index] = inverse(self.table[index])
 
-    def of(self, column: int) -> tuple[Tensor, str]:
-        """(scale float32 [n], kind) of a column."""
+    def of(self, column: int) -> tuple[Tensor, Tensor, str]:
+        """(scale float32 [n], its inverse, kind) of a column."""
         index = self._group_of[column]
-        return self.table[:, index], self._groups[index][0].format.kind
+        return self.table[index], self._inverse[index], self._groups[index][0].format.kind

@@ -152,10 +152,18 @@ def to_float16(scale: Tensor) -> Tensor:
     return rounded
 
 
+def inverse(scale: Tensor) -> Tensor:
+    """1 / scale, and 0 where that is zero: float32, of the same shape."""
+    return torch.where(scale != 0, 1.0 / scale, 0.0)
+
+
 def group_codes(grouped: Tensor, scale: Tensor, kind: str) -> Tensor:
     """The nearest codes, as floats."""
-    inverse = torch.where(scale != 0, 1.0 / scale, 0.0)
-    wanted = grouped * inverse.unsqueeze(-1)
+    return nearest(grouped * inverse(scale).unsqueeze(-1), kind)
+
+
+def nearest(wanted: Tensor, kind: str) -> Tensor:
+    """The nearest codes to float32 values in units of the scale, as floats; the values are used up."""
     levels, step = KINDS[kind].levels, KINDS[kind].step
     low, high = levels[0], levels[-1]
     if step == 1:

@@ -5,6 +5,7 @@ real values are divided by is absorbed by the scales.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,12 +30,12 @@ class Kind:
     lines: int
     codes: tuple[int, ...] | None
 
-    @property
+    @cached_property
     def levels(self) -> tuple[int, ...]:
         """Every integer that a code can be, ascending."""
         return tuple(range(-127, 128)) if self.codes is None else tuple(sorted(set(self.codes)))
 
-    @property
+    @cached_property
     def step(self) -> int:
         """The distance of two neighbouring codes (1 or 2), fields ascending; 0 for a codebook."""
         if self.codes is None:
