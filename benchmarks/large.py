@@ -5,8 +5,9 @@
 
 Write a checkpoint of Llama-2-7B's shape with `python -m hikui.models.synthetic llama-7b DIR`. Only the first blocks are
 quantised, in a child process with a scratch folder, as `hikui lower` does it. Seconds are those of the caller's thread:
-`forward` is what texts take through the graph, `sums` the Gram and cross matrices, `factor` Cholesky factors,
-`correction` the solves of error propagation, `rounding` everything else that makes codes and packs them.
+`weights` is loading what the texts meet, packed matrices unpacked; `forward` is the rest of what they take through the
+graph, `sums` the Gram and cross matrices, `factor` Cholesky factors, `correction` the solves of error propagation,
+`rounding` everything else that makes codes and packs them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PHASES = ("forward", "sums", "factor", "correction", "rounding")
+PHASES = ("weights", "forward", "sums", "factor", "correction", "rounding")
 
 
 def timed(owner: Any, name: str, phase: str, spent: dict[str, float]) -> None:
@@ -53,6 +54,7 @@ def child(options: argparse.Namespace) -> None:
     from hikui.passes.evidence import Sums
 
     spent = dict.fromkeys(PHASES, 0.0)
+    timed(Stream, "_loaded", "weights", spent)
     timed(Stream, "advance", "forward", spent)
     timed(Sums, "add", "sums", spent)
     timed(Sums, "evidence", "sums", spent)

@@ -20,7 +20,7 @@ from hikui.lowering.workers import Workers
 from hikui.passes.columns import Orders, require_mixable
 from hikui.passes.evidence import Evidence
 from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
-from hikui.passes.packing import pack_by_rows, replace_with_packed
+from hikui.passes.packing import PART, pack_by_rows, replace_with_packed
 from hikui.passes.rounding import Rounded
 
 KINDS_BY_BITS = {1: "sign", 2: "int2", 3: "int3", 4: "int4", 8: "int8"}
@@ -42,6 +42,8 @@ class Quantiser(Pass):
 
     sequential: ClassVar[bool] = False
     """Whether it measures its sites' inputs itself, behind the blocks that it has already quantised."""
+    part: ClassVar[int] = PART
+    """How many weights it is given at a time."""
 
     bits: int = 4
     group: int = 64
@@ -239,7 +241,9 @@ class Packer:
                 raise HikuiError(f"Site {site}: {error}; leave it out with skip, or choose a float format.") from error
             return pack(fmt, result.codes, result.scale)
 
-        return pack_by_rows(self._program, weight_of(node), site, fmt, rounded, self._workers, weight)
+        return pack_by_rows(
+            self._program, weight_of(node), site, fmt, rounded, self._workers, weight, self._quantiser.part
+        )
 
     def _prepare(self, evidence: Evidence, fmt: Format, order: Tensor | None) -> tuple[Evidence, object]:
         """What tied sites share is worked out with the first of them; a mixed format sees its columns permuted."""

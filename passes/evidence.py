@@ -47,6 +47,10 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.dim() == 2 else tensor
 
 
+_BATCH = 1024
+"""Tokens whose outer products are added up in float32 before the sum goes to the float64 matrices."""
+
+
 class Sums:
     """Running sums over the tokens of an activation, and over what became of it in the quantised model.
 
@@ -66,6 +70,7 @@ class Sums:
         self._wanted = set(wanted)
         self._gram = torch.zeros(width, width, dtype=torch.float64) if "gram" in wanted or cross else None
         self._cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
 
     @property
     def finite(self) -> bool:
@@ -80,14 +85,30 @@ class Sums:
         self._squares += rows.double().square().sum(0)
         self._magnitudes += magnitudes.sum(0, dtype=torch.float64)
         self._largest = torch.maximum(self._largest, magnitudes.amax(0))
+        if self._gram is not None or self._cross is not None:
+            difference = None
+            if self._cross is not None:
+                assert reference is not None, "the cross term compares with the float model"
+                difference = reference.reshape(rows.shape) - rows
+            self._waiting.append((rows, difference))
+            if sum(waiting.shape[0] for waiting, _ in self._waiting) >= _BATCH:
+                self._multiply()
+
+    def _multiply(self) -> None:
+        """Adds the outer products of the texts that wait: few large products cost less than many small ones."""
+        if not self._waiting:
+            return
+        rows = torch.cat([rows for rows, _ in self._waiting])
         if self._gram is not None:
             linalg.add_gram(self._gram, rows, self._workers)
         if self._cross is not None:
-            assert reference is not None, "the cross term compares with the float model"
-            linalg.add_cross(self._cross, reference.reshape(rows.shape) - rows, rows, self._workers)
+            difference = torch.cat([difference for _, difference in self._waiting if difference is not None])
+            linalg.add_cross(self._cross, difference, rows, self._workers)
+        self._waiting = []
 
     def evidence(self) -> Evidence:
         """The means; the Gram matrix is handed over, so it can be had once."""
+        self._multiply()
         every = {
             "mean_square": (self._squares / self.tokens).float(),
             "max_abs": self._largest,
@@ -103,5 +124,6 @@ class Sums:
     def cross(self) -> Tensor:
         """E[(x − x̂)·x̂ᵀ], float64 [k, k]; it can be had once."""
         assert self._cross is not None, "it was asked for"
+        self._multiply()
         out, self._cross = self._cross, None
         return out.div_(self.tokens)

@@ -17,7 +17,7 @@ from hikui.passes.graph import matrix_shape
 from hikui.passes.packing import row_parts
 
 _BYTES_A_WEIGHT = 32
-"""Of the matrices that rounding a part of the rows makes: two in float64, and some in float32 of a part's part."""
+"""Of what is made of a part of the rows: by corrections float64 matrices, by `gptq` half as much of twice as many."""
 
 
 @dataclass(frozen=True)

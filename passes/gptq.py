@@ -19,6 +19,7 @@ from hikui.lowering.workers import Workers
 from hikui.passes import linalg
 from hikui.passes.blockwise import Quantiser
 from hikui.passes.evidence import Evidence
+from hikui.passes.packing import PART
 from hikui.passes.rounding import Rounded, inverse, nearest, round_matrix
 
 _BLOCK = 128
@@ -59,6 +60,8 @@ class Gptq(Quantiser):
     name: ClassVar[str] = "gptq"
     calibrates: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
+    # A column of more rows is more work for each of many small steps.
+    part: ClassVar[int] = 2 * PART
     act_order: bool = True
     damping: float = 0.01
     clip: Literal["mse", "minmax"] = "mse"
@@ -122,27 +125,29 @@ def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importanc
     scales = _Scales(weight, fmt, clip, importance, beforehand=factor.order is not None)
     order = torch.arange(k) if factor.order is None else factor.order
     # Transposed, so that a column is a run of memory: what each column is to be, and once it is rounded, what it lacks.
-    left = weight.t().contiguous()[order].double()
+    left = weight.t().contiguous()[order]
     codes = torch.empty(k, n, dtype=torch.int8)
     positions, pivots = order.tolist(), factor.upper.diagonal().tolist()
     for start, stop in _parts(k, scales.starts, own_order=factor.order is None):
-        carried = factor.upper[:start, start:stop].t() @ left[:start]
+        panel = factor.upper[:stop, start:stop].float()
+        corner = panel[start:]
+        carried = panel[:start].t() @ left[:start]
         if factor.order is None:
             # What GPTQ would have made of these columns by now: their best values, given all errors before them.
-            corner = factor.upper[start:stop, start:stop].t()
-            updated = left[start:stop] + torch.linalg.solve_triangular(corner, carried, upper=False)
-            scales.meet(start, stop, updated.t().float())
-        for first in range(start, stop, _STRIP):
-            last = min(first + _STRIP, stop)
+            updated = left[start:stop] + torch.linalg.solve_triangular(corner.t(), carried, upper=False)
+            scales.meet(start, stop, updated.t().contiguous())
+        for first in range(0, stop - start, _STRIP):
+            last = min(first + _STRIP, stop - start)
+            done = left[start + first : start + last]
             for at in range(first, last):
-                carry = torch.addmv(carried[at - start], left[first:at].t(), factor.upper[first:at, at])
-                target = carry.mul_(1 / pivots[at]).add_(left[at])
-                scale, inverse, kind = scales.of(positions[at])
-                code = nearest(target.float().mul_(inverse), kind)
-                codes[positions[at]] = code
-                left[at] -= code.mul_(scale)
-            later = factor.upper[first:last, last:stop]
-            carried[last - start :].addmm_(later.t(), left[first:last])
+                position = positions[start + at]
+                scale, inverse, kind = scales.of(position)
+                target = torch.addmv(carried[at], done[: at - first].t(), corner[first:at, at])
+                target.mul_(1 / pivots[start + at]).add_(done[at - first])
+                code = nearest(target.mul_(inverse), kind)
+                codes[position] = code
+                done[at - first] -= code.mul_(scale)
+            carried[last:].addmm_(corner[first:last, last:].t(), done)
     return Rounded(codes.t().contiguous(), scales.table.t().contiguous())
 
 

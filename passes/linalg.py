@@ -19,7 +19,7 @@ def _ends(size: int) -> list[tuple[int, int]]:
 def add_gram(total: Tensor, x: Tensor, workers: Workers) -> None:
     """Total += xᵀ·x in its upper tiles only; `mirror` completes it.
 
-    The products of one text are added up in float32 and the texts in float64.
+    The products of one call are added up in float32 and the calls in float64.
 
     Args:
         total: float64 [k, k].

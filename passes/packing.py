@@ -20,7 +20,7 @@ from hikui.passes.graph import (
     replace,
 )
 
-_PART = 1 << 22
+PART = 1 << 22
 """Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
 
 
@@ -54,6 +54,7 @@ def pack_by_rows(
     pack_rows: Callable[[Tensor], Packed],
     workers: Workers | None = None,
     instead: Tensor | None = None,
+    part: int = PART,
 ) -> Packed:
     """Packs a stored matrix a part at a time.
 
@@ -65,6 +66,7 @@ def pack_by_rows(
         pack_rows: packs some whole rows.
         workers: do the parts; by default they are done one after the other.
         instead: float32 [n, k], what to pack in the stored matrix's place.
+        part: how many weights at a time.
 
     Raises:
         HikuiError: it holds NaN or infinite values.
@@ -75,19 +77,19 @@ def pack_by_rows(
     scale = None if scale_shape is None else torch.empty(scale_shape, dtype=torch.float16)
 
     def fill(rows: slice) -> None:
-        part = pack_rows(load_finite(program, weight, site, rows) if instead is None else instead[rows])
+        done = pack_rows(load_finite(program, weight, site, rows) if instead is None else instead[rows])
         blocks = slice(rows.start // ROWS, -(-rows.stop // ROWS))
-        packed[blocks] = part.weight
-        if scale is not None and part.scale is not None:
-            scale[blocks] = part.scale
+        packed[blocks] = done.weight
+        if scale is not None and done.scale is not None:
+            scale[blocks] = done.scale
 
-    (workers or Workers(1)).each(fill, row_parts(n, k))
+    (workers or Workers(1)).each(fill, row_parts(n, k, part))
     return Packed(packed, scale)
 
 
-def row_parts(n: int, k: int) -> list[slice]:
+def row_parts(n: int, k: int, part: int = PART) -> list[slice]:
     """The rows of a matrix in parts of whole blocks of the packed layout, small enough to be worked on at once."""
-    step = max(1, _PART // (k * ROWS)) * ROWS
+    step = max(1, part // (k * ROWS)) * ROWS
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
