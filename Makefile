@@ -1,6 +1,8 @@
 # `make` sets everything up; the other verbs do that first where it has not been done.
 
 PYTHON ?= python3
+# Processes that tests run in; each takes up to 2 GB.
+JOBS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -23,7 +25,7 @@ demo: sysroot
 	$(BIN)/python examples/demo.py
 
 test: sysroot
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,11 +6,15 @@ For files with GPT-2's attention matrices, [in, out], as `decoder1.att.query.w`.
 model, so the inputs are made: of query, key and value the layer's own norm (γ∘z + β) of standard normal z; of the
 output projection the values that those give, mixed over 16 tokens as attention with random weights mixes them. Half of
 the inputs are what the methods see, the error is measured on the others.
+
+`weight` is ‖W−Ŵ‖²/‖W‖² and `output` E‖(W−Ŵ)x‖²/E‖Wx‖², medians over the matrices. In the last two columns the output
+projection reads x̂, the values that the same method has rounded: E‖Wx−Ŵx̂‖²/E‖Wx‖², without and with QEP's correction.
 """
 
 import argparse
 import json
-from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
@@ -20,56 +24,154 @@ from torch import Tensor
 
 from hikui.lowering.formats import Format
 from hikui.lowering.workers import Workers
+from hikui.passes import Qep, awq, linalg
 from hikui.passes.blockwise import Quantiser
+from hikui.passes.correction import corrected_rows
 from hikui.passes.evidence import Evidence
 from hikui.passes.gptq import Gptq
+from hikui.passes.hadamard import random_hadamard
 from hikui.passes.hqq import Hqq
 from hikui.passes.rounding import dequantise
 from hikui.passes.rtn import Rtn
 
 TOKENS = 8192
 
+Method = Callable[[Tensor, Tensor], Tensor]
+"""What becomes of a matrix float32 [n, k] whose site reads inputs [tokens, k]."""
 
-def methods(fmt: str) -> dict[str, Quantiser]:
-    """The quantisers that are compared."""
+
+def plain(step: Quantiser, fmt: Format) -> Method:
+    """A quantiser alone."""
+
+    def rounded(weight: Tensor, x: Tensor) -> Tensor:
+        gram = x.double().t() @ x.double() / len(x)
+        with Workers(1) as workers:
+            evidence = Evidence(mean_square=gram.diagonal().float(), gram=gram) if step.wants() else None
+            prepared = step.prepare(evidence, workers) if evidence is not None else None
+            return dequantise(step.quantise(weight, fmt, evidence, prepared), fmt)
+
+    return rounded
+
+
+def scaled(fmt: Format) -> Method:
+    """AWQ: the best factor, then clipping by output error."""
+    inner = plain(Rtn(format=str(fmt), clip="output"), fmt)
+
+    def rounded(weight: Tensor, x: Tensor) -> Tensor:
+        factors = awq.candidates(x.abs().double().mean(0))
+        metric = awq.output_metric(x.double().t() @ x.double() / len(x))
+        factor = factors[int(awq.output_errors(weight, factors, fmt, metric, "minmax").argmin())]
+        return inner(weight * factor, x / factor) / factor
+
+    return rounded
+
+
+def rotated(fmt: Format) -> Method:
+    """A random Hadamard rotation of the columns, then GPTQ."""
+    inner = plain(Gptq(format=str(fmt)), fmt)
+
+    def rounded(weight: Tensor, x: Tensor) -> Tensor:
+        rotation, _ = random_hadamard(weight.shape[1], torch.Generator().manual_seed(0))
+        turned = inner(rotation.apply(weight.double()).float(), rotation.apply(x.double()).float())
+        return (turned.double() @ rotation.matrix().t()).float()
+
+    return rounded
+
+
+def methods(fmt: Format) -> dict[str, Method]:
+    """What is compared."""
+    name = str(fmt)
     return {
-        "rtn, minmax": Rtn(format=fmt, clip="minmax"),
-        "rtn, mse": Rtn(format=fmt),
-        "rtn, output": Rtn(format=fmt, clip="output"),
-        "hqq": Hqq(format=fmt),
-        "gptq": Gptq(format=fmt, clip="minmax", act_order=False),
-        "gptq, mse, act order": Gptq(format=fmt),
+        "rtn, minmax": plain(Rtn(format=name, clip="minmax"), fmt),
+        "rtn, mse": plain(Rtn(format=name), fmt),
+        "rtn, output": plain(Rtn(format=name, clip="output"), fmt),
+        "hqq": plain(Hqq(format=name), fmt),
+        "awq": scaled(fmt),
+        "gptq": plain(Gptq(format=name, clip="minmax", act_order=False), fmt),
+        "gptq, mse, act order": plain(Gptq(format=name), fmt),
+        "rotation, gptq": rotated(fmt),
     }
 
 
-def cases(path: Path) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, matrix [n, k], inputs [tokens, k])."""
+@dataclass(frozen=True)
+class Layer:
+    """One layer's matrices [n, k], what query, key and value read, and how values become what the projection reads."""
+
+    name: str
+    inputs: dict[str, Tensor]
+    projection: Tensor
+    x: Tensor
+    bias: Tensor
+    mixing: Tensor
+
+    def mixed(self, value: Tensor) -> Tensor:
+        """What the projection reads when the value matrix is this one: [tokens, k]."""
+        values = self.x @ value.t() + self.bias
+        return torch.bmm(self.mixing, values.view(*self.mixing.shape[:2], -1)).view_as(values)
+
+
+def layers(path: Path) -> list[Layer]:
+    """The layers of a file, with their inputs."""
     tensors, out = load_file(path), []
     generator = torch.Generator().manual_seed(0)
     for layer in sorted({name.split(".")[0] for name in tensors}):
-        held = {
-            name.removeprefix(f"{layer}."): tensor for name, tensor in tensors.items() if name.startswith(f"{layer}.")
-        }
-        z = torch.randn(TOKENS, 768, generator=generator)
-        x = z * held["att.norm.w"] + held["att.norm.b"]
-        values = x @ held["att.value.w"] + held["att.value.b"]
+        held = {name.removeprefix(f"{layer}.att."): t for name, t in tensors.items() if name.startswith(f"{layer}.")}
+        width = held["value.w"].shape[0]
+        x = torch.randn(TOKENS, width, generator=generator) * held["norm.w"] + held["norm.b"]
         mixing = torch.rand(TOKENS // 16, 16, 16, generator=generator).softmax(-1)
-        mixed = torch.bmm(mixing, values.view(-1, 16, 768)).view(TOKENS, 768)
-        out += [(f"{layer}.{name}", held[f"att.{name}.w"].t().contiguous(), x) for name in ("query", "key", "value")]
-        out.append((f"{layer}.proj", held["att.proj.w"].t().contiguous(), mixed))
+        inputs = {name: held[f"{name}.w"].t().contiguous() for name in ("query", "key", "value")}
+        out.append(Layer(layer, inputs, held["proj.w"].t().contiguous(), x, held["value.b"], mixing))
     return out
 
 
-def measure(weight: Tensor, x: Tensor, step: Quantiser, fmt: Format) -> tuple[float, float]:
-    """(‖W−Ŵ‖²/‖W‖², E‖(W−Ŵ)x‖²/E‖Wx‖²)."""
-    seen, held_out = x[::2].double(), x[1::2].double()
-    gram = seen.t() @ seen / len(seen)
+def apart(weight: Tensor, rounded: Tensor, x: Tensor, met: Tensor) -> float:
+    """E‖Wx − Ŵx̂‖² / E‖Wx‖² over the tokens that no method has seen."""
+    x, met, weight = x[1::2].double(), met[1::2].double(), weight.double()
+    wanted = x @ weight.t()
+    return float((wanted - met @ rounded.double().t()).square().sum() / wanted.square().sum())
+
+
+def corrected(weight: Tensor, x: Tensor, met: Tensor) -> Tensor:
+    """W* of QEP with its default options."""
+    options, met = Qep(), met.double()
+    gram, cross = met.t() @ met / len(met), (x.double() - met).t() @ met / len(met)
     with Workers(1) as workers:
-        evidence = Evidence(mean_square=gram.diagonal().float(), gram=gram) if step.wants() else None
-        prepared = step.prepare(evidence, workers) if evidence is not None else None
-        difference = weight.double() - dequantise(step.quantise(weight, fmt, evidence, prepared), fmt).double()
-    output = (held_out @ difference.t()).square().sum() / (held_out @ weight.double().t()).square().sum()
-    return float(difference.square().sum() / weight.double().square().sum()), float(output)
+        linalg.factor_upper(gram, options.damping, workers)
+    return corrected_rows(weight.double(), options.alpha, gram, cross).float()
+
+
+def measure(layer: Layer, method: Method) -> list[dict[str, object]]:
+    """A row for each matrix of a layer."""
+    rows: list[dict[str, object]] = []
+    rounded = {name: method(weight, layer.x[::2]) for name, weight in layer.inputs.items()}
+    x, met = layer.mixed(layer.inputs["value"]), layer.mixed(rounded["value"])
+    weight = layer.projection
+    rounded["proj"] = method(weight, x[::2])
+    for name, each in {**layer.inputs, "proj": weight}.items():
+        reads = x if name == "proj" else layer.x
+        difference = (each.double() - rounded[name].double()).square().sum() / each.double().square().sum()
+        error = apart(each, rounded[name], reads, reads)
+        rows.append({"matrix": f"{layer.name}.{name}", "weight": float(difference), "output": error})
+    behind = apart(weight, method(weight, met[::2]), x, met)
+    target = corrected(weight, x[::2], met[::2])
+    rows.append({"matrix": f"{layer.name}.proj behind value", "output": behind})
+    rows.append(
+        {"matrix": f"{layer.name}.proj behind value, QEP", "output": apart(weight, method(target, met[::2]), x, met)}
+    )
+    return rows
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Medians of what `measure` has given for one format and method, as the cells of a line."""
+
+    def middle(key: str, suffix: str | None) -> str:
+        names = {str(row["matrix"]): row for row in rows}
+        chosen = [row for name, row in names.items() if (name.endswith(suffix) if suffix else "behind" not in name)]
+        return f"{median(float(str(row[key])) for row in chosen):.3g}"
+
+    return " | ".join(
+        (middle("weight", None), middle("output", None), middle("output", "behind value"), middle("output", "QEP"))
+    )
 
 
 def main() -> None:
@@ -78,22 +180,16 @@ def main() -> None:
     parser.add_argument("tensors", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows, found = [], cases(options.tensors)
-    print("| format | method | weight error | output error |\n|---|---|---|---|")
+    rows: list[dict[str, object]] = []
+    found = layers(options.tensors)
+    print("| format | method | weight | output | behind rounded values | with QEP |\n|---|---|---|---|---|---|")
     for kind in ("int4", "int3", "int2"):
         for group in ("g64", "g128", "channel"):
             fmt = Format.parse(f"{kind}-{group}")
-            errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
-            for name, weight, x in found:
-                for method, step in methods(str(fmt)).items():
-                    pair = measure(weight, x, step, fmt)
-                    errors[method].append(pair)
-                    rows.append(
-                        {"matrix": name, "format": str(fmt), "method": method, "weight": pair[0], "output": pair[1]}
-                    )
-            for method, pairs in errors.items():
-                of_weights, of_outputs = (median(column) for column in zip(*pairs, strict=True))
-                print(f"| {fmt} | {method} | {of_weights:.3g} | {of_outputs:.3g} |", flush=True)
+            for name, method in methods(fmt).items():
+                made = [row for layer in found for row in measure(layer, method)]
+                rows += [{"format": str(fmt), "method": name, **row} for row in made]
+                print(f"| {fmt} | {name} | {table(made)} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 

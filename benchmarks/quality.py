@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering import driver, evaluation, sizes, text
+from hikui.lowering import driver, evaluation, protocols, sizes, text
 from hikui.lowering.recipe import Recipe
 from hikui.lowering.runners import open_runner
 
@@ -63,7 +63,7 @@ def measure(model: str, path: Path, calibration: Path, backend: str, count: int)
         program = prepared.program
         assert program.tokenizer is not None, "the models of this table have tokenizers"
         codec, config = text.TextCodec(program.tokenizer), program.config
-        documents = evaluation.encode_documents(
+        documents = protocols.encode_documents(
             text.read_documents(path), codec, bos=config.bos_token_id, context=config.context_length, limit=count
         )
         with tempfile.TemporaryDirectory() as folder:

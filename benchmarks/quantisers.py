@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from hikui.lowering import driver, evaluation, sizes, text
+from hikui.lowering import driver, evaluation, protocols, sizes, text
 from hikui.lowering.interpreter import ReferenceRunner
 from hikui.lowering.jobs import Jobs
 from hikui.lowering.passes_base import PassContext
@@ -103,7 +103,7 @@ class Bench:
         assert self.program.tokenizer is not None, "the models of this table have tokenizers"
         self._codec, config = text.TextCodec(self.program.tokenizer), self.program.config
         self._bos = config.bos_token_id
-        self._documents = evaluation.encode_documents(
+        self._documents = protocols.encode_documents(
             text.read_documents(Path(path)), self._codec, bos=self._bos, context=config.context_length, limit=count
         )
         self.reference = self.bits(self.program)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hikui.lowering import comparison_runs as runs_of
-from hikui.lowering import driver, evaluation
+from hikui.lowering import driver, evaluation, protocols
 from hikui.lowering.artefact import read_manifest
 from hikui.lowering.assemble import checkpoint_hashes
 from hikui.lowering.comparison_runs import FLOAT, Outcome, Reading
@@ -95,7 +95,7 @@ def compare(
     _refuse_other_models(traced, artefacts)
     if reading.window is not None:
         bound = traced.config.context_length
-        evaluation.check_windows(reading.window, reading.stride or reading.window, bound)
+        protocols.check_windows(reading.window, reading.stride or reading.window, bound)
     if output is not None:
         runs_of.claim(output)
         runs = [replace(run, key=key, folder=output) for run, key in zip(runs, runs_of.keys(traced, runs), strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hikui.lowering import driver, evaluation, text
+from hikui.lowering import driver, evaluation, protocols, text
 from hikui.lowering.artefact import MANIFEST, is_artefact, read_manifest, sha256
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation import Score
@@ -143,7 +143,7 @@ def measure(run: Run) -> Outcome:
         context=reading.context if of_model else None,
         tokenizer=reading.tokenizer,
     )
-    protocol, excerpts = evaluation.read(
+    protocol, excerpts = protocols.read(
         text.read_text(reading.text), subject.codec, context=subject.runner.context_length, bos=subject.bos,
         window=reading.window, stride=reading.stride, limit=reading.documents,
     )  # fmt: skip

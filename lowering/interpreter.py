@@ -3,7 +3,7 @@
 Weights are loaded when a node first needs them, so a program larger than memory can be run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -76,13 +76,13 @@ class Interpreter:
         return tensor
 
     @torch.no_grad()
-    def run(self, tokens: Tensor, past: int, caches: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def run(self, tokens: Tensor, past: int, caches: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """One step.
 
         Args:
             tokens: int64 [1, T].
             past: how many tokens the caches hold.
-            caches: as `new_caches` or the last step gives them.
+            caches: as `new_caches` or the last step gives them; one that nobody else holds is freed once it is read.
 
         Returns:
             Logits float32 [1, T, V] and the new caches.
@@ -184,8 +184,13 @@ class ReferenceRunner:
 
     def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
         """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache."""
-        logits, self._caches = self._interpreter.run(torch.from_numpy(tokens)[None], past, self._caches)
+        # Handed over one by one: a long context's caches are the most that a large model takes, and not twice.
+        logits, self._caches = self._interpreter.run(torch.from_numpy(tokens)[None], past, self._handed_over())
         return np.asarray(logits[0].numpy(), dtype=np.float32)
+
+    def _handed_over(self) -> Iterator[Tensor]:
+        while self._caches:
+            yield self._caches.pop(0)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -11,11 +11,10 @@ from hikui.lowering.program import SITE, STATISTICS, Program
 from hikui.lowering.workers import Workers
 from hikui.passes.blockwise import Quantiser
 from hikui.passes.columns import column_order, require_mixable
-from hikui.passes.evidence import Evidence
 from hikui.passes.folding import Fold, row_parts
-from hikui.passes.graph import float_sites, selected, weight_of
+from hikui.passes.graph import float_sites, matrix_shape, selected, weight_of
 from hikui.passes.packing import load_finite
-from hikui.passes.rounding import Rounded, dequantise, round_matrix
+from hikui.passes.rounding import dequantise, round_matrix
 from hikui.passes.scaling import Choice, Scaling
 
 _STEPS = 20
@@ -25,15 +24,15 @@ _SMALLEST = 1e-4
 """Columns count as no smaller than this share of the largest: those that the text never excites stay in bounds."""
 
 
+_ROWS = 1024
+"""Rows of a site that its error is taken over: of more, evenly spaced ones; each takes 20 products with the metric."""
+
+
 @dataclass(frozen=True)
 class _Trial(Quantiser):
-    """What the search rounds with."""
+    """The format of sites that none was assigned to, with its options checked."""
 
     name: ClassVar[str] = "awq"
-    clip: Literal["minmax", "mse"] = "minmax"
-
-    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
-        return round_matrix(weight, fmt, self.clip)
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ class Awq(Scaling):
 
     The s of a group are normalised to √(max·min) = 1. Each a is judged by Σ E‖(Q(W·s)/s − W)·x‖² over the group's
     sites, Q being rounding to the format that a site is assigned, or else to the format that the options give; with the
-    Gram matrix this is exact and needs no activations. After AWQ (Lin et al., 2023): there the error is taken where the
-    module of several sites ends, here at the output of each site; columns that come from one channel (query heads that
-    share a KV head) have the mean of their magnitudes here, and are left alone there. The factor goes where the
-    activation comes from, as in `smooth`; `rtn{clip=output}` has AWQ's search of clipped scales.
+    Gram matrix this needs no activations. Of sites with more than 1024 rows some, evenly spaced, stand for all. After
+    AWQ (Lin et al., 2023): there the error is taken where the module of several sites ends, here at the output of each
+    site; columns that come from one channel (query heads that share a KV head) have the mean of their magnitudes here,
+    and are left alone there. The factor goes where the activation comes from, as in `smooth`; `rtn{clip=output}` has
+    AWQ's search of clipped scales.
 
     Attributes:
         bits, group, format: as in `rtn`: what sites without an assigned format are judged in.
@@ -66,7 +66,7 @@ class Awq(Scaling):
         self._trial()
 
     def _trial(self) -> _Trial:
-        return _Trial(self.bits, self.group, self.format, clip=self.clip)
+        return _Trial(self.bits, self.group, self.format)
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no float site is named, or one has not been measured."""
@@ -81,13 +81,12 @@ class Awq(Scaling):
         magnitude = found.mean(program.store.load(keys["mean_abs"]).double())
         if not bool(magnitude.max() > 0):
             return Choice(None, "it reads nothing but zeros")
-        magnitude = magnitude.clamp_min(_SMALLEST * float(magnitude.max()))
-        factors = [_normalised(magnitude ** (step / _STEPS)) for step in range(_STEPS)]
+        factors = candidates(magnitude)
         formats = {node: self._trial().format_of(node) for node in found.members}
         judged = [node for node in found.members if formats[node].is_integer]
         if not judged:
             return Choice(None, "its formats are not rounded")
-        metric = _metric(program.store.load(keys["gram"]))
+        metric = output_metric(program.store.load(keys["gram"]))
         errors = torch.zeros(_STEPS, dtype=torch.float64)
         for node in judged:
             tied = [other for other in judged if formats[other] == formats[node]]
@@ -110,35 +109,67 @@ class Awq(Scaling):
     ) -> Tensor:
         """The site's squared output error with each factor: float64 [factors], over the mean square of x."""
         order = column_order(program, tied, fmt).long() if fmt.is_mixed else None
-        back = None if order is None else order.argsort()
-        trial = self._trial()
+        step = -(-matrix_shape(node)[0] // _ROWS)
 
         def judge(part: slice) -> Tensor:
-            rows = load_finite(program, weight_of(node), node.meta[SITE], part)
-            out = torch.zeros(len(factors), dtype=torch.float64)
-            for index, factor in enumerate(factors):
-                scaled = rows * factor
-                try:
-                    rounded = trial.quantise(scaled if order is None else scaled[:, order], fmt, None, None)
-                except OverflowError:
-                    out[index] = torch.inf
-                    continue
-                dense = dequantise(rounded, fmt)
-                off = (dense if back is None else dense[:, back]).div_(factor).sub_(rows)
-                out[index] = (off @ metric).mul_(off).sum(dtype=torch.float64)
-            return out
+            rows = load_finite(program, weight_of(node), node.meta[SITE], part)[-part.start % step :: step]
+            return output_errors(rows, factors, fmt, metric, self.clip, order)
 
         total = torch.zeros(len(factors), dtype=torch.float64)
         for errors in workers.map(judge, row_parts(node)):
             total += errors
-        return total
+        return total * step
+
+
+def candidates(magnitude: Tensor) -> list[Tensor]:
+    """The factors that are tried: magnitude^a for each a, normalised.
+
+    Args:
+        magnitude: float64 [k], E|x|, not all of it zero.
+
+    Returns:
+        float32 [k] each.
+    """
+    magnitude = magnitude.clamp_min(_SMALLEST * float(magnitude.max()))
+    return [_normalised(magnitude ** (step / _STEPS)) for step in range(_STEPS)]
+
+
+def output_errors(
+    rows: Tensor, factors: list[Tensor], fmt: Format, metric: Tensor, clip: str, order: Tensor | None = None
+) -> Tensor:
+    """Σ d·M·dᵀ with d = Q(w·s)/s − w for each factor s.
+
+    Args:
+        rows: float32 [n, k].
+        factors: float32 [k] each.
+        fmt: what is rounded to.
+        metric: M, float32 [k, k].
+        clip: how scales are chosen, as in `rtn`.
+        order: int64 [k], the order of the columns in a mixed format.
+
+    Returns:
+        float64 [factors]; infinite where a scale does not fit float16.
+    """
+    back = None if order is None else order.argsort()
+    out = torch.zeros(len(factors), dtype=torch.float64)
+    for index, factor in enumerate(factors if len(rows) else []):
+        scaled = rows * factor
+        try:
+            rounded = round_matrix(scaled if order is None else scaled[:, order], fmt, clip)
+        except OverflowError:
+            out[index] = torch.inf
+            continue
+        dense = dequantise(rounded, fmt)
+        off = (dense if back is None else dense[:, back]).div_(factor).sub_(rows)
+        out[index] = (off @ metric).mul_(off).sum(dtype=torch.float64)
+    return out
 
 
 def _normalised(factor: Tensor) -> Tensor:
     return (factor / (factor.max() * factor.min()).sqrt()).float()
 
 
-def _metric(gram: Tensor) -> Tensor:
-    """E[x·xᵀ] over the mean of its diagonal, float32."""
+def output_metric(gram: Tensor) -> Tensor:
+    """E[x·xᵀ], float64 [k, k], over the mean of its diagonal: float32."""
     mean = float(gram.diagonal().mean())
     return gram.float().div_(mean if mean > 0 else 1.0)

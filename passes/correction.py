@@ -56,7 +56,12 @@ def _corrected(program: Program, node: fx.Node, alpha: float, upper: Tensor, cro
 
     def fill(rows: slice) -> None:
         weight = load_finite(program, weight_of(node), node.meta[SITE], rows).double()
-        out[rows] = (weight + alpha * linalg.solve_right(weight @ cross, upper)).float()
+        out[rows] = corrected_rows(weight, alpha, upper, cross).float()
 
     workers.each(fill, row_parts(n, k))
     return out
+
+
+def corrected_rows(weight: Tensor, alpha: float, upper: Tensor, cross: Tensor) -> Tensor:
+    """W* of some rows, float64 [n, k], with the factor of E[x̂·x̂ᵀ] and E[(x − x̂)·x̂ᵀ]."""
+    return weight + alpha * linalg.solve_right(weight @ cross, upper)

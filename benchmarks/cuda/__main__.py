@@ -1,6 +1,6 @@
 """Checks every CUDA kernel on the GPU that is here, then times the products.
 
-    python -m benchmarks.cuda [--size 8192] [--rows 1 4 8] [--rounds 21] [--fatbin FILE] [--json FILE]
+    python -m benchmarks.cuda [--checks] [--size 8192] [--rows 1 4 8] [--rounds 21] [--fatbin FILE] [--json FILE]
 
 Times are of a CUDA graph that walks over copies of the weights, together several times the L2 cache, so every weight
 comes from memory. A product's bandwidth (weights and scales read) is given as a share of a device-to-device copy's
@@ -125,6 +125,8 @@ def print_report(report: dict[str, Any]) -> None:
     failed = [row["kernel"] for row in report["checks"] if not row["passes"]]
     print(f"{report['device']} (compute capability {report['capability']}): ", end="")
     print(f"{len(report['checks'])} kernels checked, {len(failed)} failed {' '.join(failed)}")
+    if "products" not in report:
+        return
     print(f"copy {report['copy_gigabytes_per_second']:.0f} GB/s, read and written")
     dense = report["cublas_float16_microseconds"]
     print(f"cuBLAS float16, M=1: {dense:.1f} us" if dense else "cuBLAS is not here")
@@ -140,6 +142,7 @@ def print_report(report: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 where there is no GPU or a check fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=__doc__.split("\n")[0])
+    parser.add_argument("--checks", action="store_true", help="check only, as under compute-sanitizer")
     parser.add_argument("--size", type=int, default=8192)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--rounds", type=int, default=21)
@@ -152,7 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             device.load(options.fatbin or build_fatbin(ARCHITECTURES, Path(folder)))
         report = {"device": device.name, "capability": device.capability, "checks": check(device)}
-        report |= measure(device, options.size, options.rows, options.rounds)
+        if not options.checks:
+            report |= measure(device, options.size, options.rows, options.rounds)
     except HikuiError as error:
         print(error, file=sys.stderr)
         return 1

@@ -11,9 +11,10 @@ from hikui.lowering.cli.console import emit, progress, table
 
 if TYPE_CHECKING:
     from hikui.lowering.error_table import ErrorTable
-    from hikui.lowering.evaluation import Excerpt, Protocol, Quality
+    from hikui.lowering.evaluation import Quality
     from hikui.lowering.harness import HarnessReport
     from hikui.lowering.passes_base import Progress
+    from hikui.lowering.protocols import Excerpt, Protocol
     from hikui.lowering.subject import Subject
 
 LAYER_TEXTS = 8
@@ -69,7 +70,7 @@ def evaluate(
 ) -> None:
     """Measure quality, size and speed on a text, or zero-shot tasks."""
     _refuse_idle(text, tasks, against, window, stride, limit, layers, recipe)
-    from hikui.lowering import evaluation, harness
+    from hikui.lowering import evaluation, harness, protocols
     from hikui.lowering.subject import context_length, open_subject
     from hikui.lowering.text import read_text
 
@@ -78,7 +79,7 @@ def evaluate(
     if window is not None:
         # A recipe may run for hours before anything is read.
         bound = window if recipe is None else context_length(model, context)
-        evaluation.check_windows(window, stride or window, bound)
+        protocols.check_windows(window, stride or window, bound)
     with progress() as step, evaluation.PeakMemory() as peak:
         subject = open_subject(
             model,
@@ -93,7 +94,7 @@ def evaluate(
         )
         report: dict[str, object] = {"model": model, "runs_as": subject.kind}
         if text is not None:
-            protocol, excerpts = evaluation.read(
+            protocol, excerpts = protocols.read(
                 content, subject.codec, context=subject.runner.context_length, bos=subject.bos,
                 window=window, stride=stride, limit=documents,
             )  # fmt: skip

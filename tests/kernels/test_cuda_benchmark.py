@@ -39,6 +39,15 @@ def test_checks_and_times_every_kernel_without_tvm(emulator: Emulator, tmp_path:
     assert f"{len(makers())} kernels checked, 0 failed" in done.stdout and "of copy" in done.stdout
 
 
+def test_checks_alone(emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kernels.fatbin").write_bytes(FATBIN_MAGIC)
+    report = tmp_path / "report.json"
+    options = ["--checks", "--fatbin", str(tmp_path / "kernels.fatbin"), "--json", str(report)]
+    assert main([*options, "--driver", str(emulator.path)]) == 0
+    assert set(json.loads(report.read_text())) == {"device", "capability", "checks"}
+    assert capsys.readouterr().out.endswith(f"{len(makers())} kernels checked, 0 failed \n")
+
+
 def test_refuses_what_is_no_fatbin(emulator: Emulator, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "wrong").write_bytes(b"none")
     assert main(["--fatbin", str(tmp_path / "wrong"), "--driver", str(emulator.path)]) == 1

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.cuda.driver import Device
 from torch import Tensor
 
-from hikui.backends.kernels.cuda import artefact
+from hikui.backends.kernels.cuda import ARCHITECTURES, artefact, build_fatbin
 from hikui.backends.kernels.cuda.artefact import LIBRARY, build_loader
 from hikui.lowering import elf
+from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, activation_k, pack, quantize_activation, quantize_activation_static, unpack
 from hikui.lowering.target import TARGETS, machine_triple
 
@@ -75,10 +77,23 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return loaded
 
 
-@pytest.fixture
-def gpu(library: ctypes.CDLL, emulator: Emulator, tmp_path: Path) -> Gpu:
-    (tmp_path / "fatbin").write_bytes(FATBIN_MAGIC)
-    handle = library.hikui_cuda_open(os.fsencode(tmp_path / "fatbin"), os.fsencode(emulator.path))
+def drivers() -> list[str]:
+    """The emulated GPU, and the real one where the machine has it."""
+    try:
+        Device()
+    except HikuiError:
+        return ["emulated"]
+    return ["emulated", "libcuda.so.1"]
+
+
+@pytest.fixture(params=drivers())
+def gpu(request: pytest.FixtureRequest, library: ctypes.CDLL, emulator: Emulator, tmp_path: Path) -> Gpu:
+    if request.param == "emulated":
+        driver, fatbin = str(emulator.path), tmp_path / "fatbin"
+        fatbin.write_bytes(FATBIN_MAGIC)
+    else:
+        driver, fatbin = request.param, build_fatbin(ARCHITECTURES, tmp_path)
+    handle = library.hikui_cuda_open(os.fsencode(fatbin), os.fsencode(driver))
     assert handle, library.hikui_cuda_last_error()
     return Gpu(library, c_void_p(handle))
 

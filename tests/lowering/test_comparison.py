@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hikui.lowering import comparison, comparison_runs, driver, evaluation
+from hikui.lowering import comparison, comparison_runs, driver, evaluation, protocols
 from hikui.lowering.artefact import Artefact
 from hikui.lowering.comparison import Comparison, as_json, compare
 from hikui.lowering.comparison_report import PICTURES, RESULTS, TABLE, draw, markdown, save
@@ -86,7 +86,7 @@ def alone(tiny: Path, reading: Reading, calibrated: str) -> dict[int, tuple[tupl
         subject = open_subject(
             tiny, recipe=recipe.model_copy(update={"calibration": settings}), calibration=reading.calibration
         )
-        _, excerpts = evaluation.read(read_text(reading.text), subject.codec, context=64, bos=subject.bos, limit=4)
+        _, excerpts = protocols.read(read_text(reading.text), subject.codec, context=64, bos=subject.bos, limit=4)
         out[seed] = evaluation.measure(subject.runner, excerpts)[0].each, subject.true_bpw
     return out
 

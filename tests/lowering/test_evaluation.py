@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from hikui.lowering import driver, evaluation
+from hikui.lowering import driver, evaluation, protocols
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.interpreter import ReferenceRunner
 from hikui.lowering.subject import open_subject
@@ -42,7 +42,7 @@ def test_the_loss_is_that_of_the_float_model(tiny: Path, stories: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     subject = open_subject(tiny)
     documents = read_documents(stories)
-    encoded = evaluation.encode_documents(documents, subject.codec, context=40, bos=subject.bos, limit=4)
+    encoded = protocols.encode_documents(documents, subject.codec, context=40, bos=subject.bos, limit=4)
     assert all(ids[0] == subject.bos and len(ids) == 40 for ids in encoded)
     own, _ = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos)
     nats = 0.0
@@ -62,7 +62,7 @@ def test_a_document_longer_than_a_piece_is_the_same_in_pieces(
     tiny: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = open_subject(tiny)
-    encoded = evaluation.encode_documents(read_documents(stories), subject.codec, context=50, bos=subject.bos, limit=2)
+    encoded = protocols.encode_documents(read_documents(stories), subject.codec, context=50, bos=subject.bos, limit=2)
     whole, _ = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos)
     monkeypatch.setattr(evaluation, "PIECE", 7)
     pieces, _ = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos)
@@ -71,7 +71,7 @@ def test_a_document_longer_than_a_piece_is_the_same_in_pieces(
 
 def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Path, prepared: driver.Prepared) -> None:
     subject = open_subject(tiny)
-    encoded = evaluation.encode_documents(read_documents(stories), subject.codec, context=32, bos=subject.bos)
+    encoded = protocols.encode_documents(read_documents(stories), subject.codec, context=32, bos=subject.bos)
     same, also = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos, against=subject.runner)
     assert also is not None
     assert same.nats == also.nats
@@ -102,7 +102,7 @@ def test_logits_that_are_not_finite_are_refused(tiny: Path) -> None:
 
 def test_a_text_without_tokens_to_predict_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(HikuiError, match="no document with two tokens"):
-        evaluation.encode_documents(["a"], TextCodec(tiny), context=8, bos=None)
+        protocols.encode_documents(["a"], TextCodec(tiny), context=8, bos=None)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n<|endoftext|>\n ")
     with pytest.raises(UsageError, match=r"empty\.txt is empty"):
@@ -134,7 +134,7 @@ def test_windows_predict_every_token_once_with_their_context(
 ) -> None:
     codec, text = TextCodec(tiny), read_text(stories)[:400]
     ids = codec.encode(text)
-    excerpts = evaluation.window_excerpts(text, codec, window=window, stride=stride, bos=bos)
+    excerpts = protocols.window_excerpts(text, codec, window=window, stride=stride, bos=bos)
     found = [(list(excerpt.ids[:-1]), list(excerpt.ids[excerpt.first :])) for excerpt in excerpts]
     assert found == naive_windows(ids, window, stride, bos)
     assert [token for _, targets in found for token in targets] == (ids if bos is not None else ids[1:])
@@ -150,9 +150,7 @@ def test_the_loss_over_windows_is_that_of_transformers(tiny: Path, stories: Path
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     subject, text = open_subject(tiny), read_text(stories)
-    protocol, excerpts = evaluation.read(
-        text, subject.codec, context=64, bos=subject.bos, window=40, stride=25, limit=2
-    )
+    protocol, excerpts = protocols.read(text, subject.codec, context=64, bos=subject.bos, window=40, stride=25, limit=2)
     own, _ = evaluation.measure(subject.runner, excerpts)
     ids = subject.codec.encode(SEPARATOR.join(text.split(SEPARATOR)[:2]))
     nats = []
@@ -170,11 +168,11 @@ def test_the_loss_over_windows_is_that_of_transformers(tiny: Path, stories: Path
 def test_windows_that_do_not_fit_are_refused(tiny: Path) -> None:
     codec = TextCodec(tiny)
     with pytest.raises(UsageError, match="window of 65 tokens is longer than the context of 64"):
-        evaluation.read("a b", codec, context=64, bos=0, window=65)
+        protocols.read("a b", codec, context=64, bos=0, window=65)
     with pytest.raises(UsageError, match="stride of 9 would skip tokens between windows of 8"):
-        evaluation.read("a b", codec, context=64, bos=0, window=8, stride=9)
+        protocols.read("a b", codec, context=64, bos=0, window=8, stride=9)
     with pytest.raises(HikuiError, match="no two tokens"):
-        evaluation.read("a", codec, context=64, bos=None, window=8)
+        protocols.read("a", codec, context=64, bos=None, window=8)
 
 
 def test_a_ratio_has_the_standard_error_that_resampling_gives() -> None:
@@ -224,6 +222,6 @@ def test_peak_memory_sees_what_is_allocated_inside_and_not_before() -> None:
 def test_the_reference_model_has_the_quality_of_its_card(shared: Path) -> None:
     text = shared / "assets" / "text" / "tinystories" / "valid.txt"
     subject = open_subject(driver.REFERENCE_MODEL)
-    encoded = evaluation.encode_documents(read_documents(text), subject.codec, context=512, bos=subject.bos, limit=150)
+    encoded = protocols.encode_documents(read_documents(text), subject.codec, context=512, bos=subject.bos, limit=150)
     own, _ = evaluation.quality(subject.runner, encoded, subject.codec, bos=subject.bos)
     assert own.bits_per_char == pytest.approx(0.929, abs=0.0005)

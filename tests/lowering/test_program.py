@@ -1,5 +1,6 @@
 """Program, store, verifier, printer, interpreter on a program written by hand."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,20 @@ def test_decode_and_chunks_equal_prefill(program: Program) -> None:
     whole = logits(program, 9)
     torch.testing.assert_close(logits(program, *[1] * 9), whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(logits(program, 4, 5), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_runner_frees_each_cache_where_it_is_last_read() -> None:
+    program = trace(tiny_model("llama"))
+    runner = ReferenceRunner(program)
+    runner.forward(TOKENS[0, :4].numpy(), 0)
+    held = [weakref.ref(cache) for cache in runner._caches]
+    alive: list[int] = []
+    runner._interpreter._observe = lambda *_: alive.append(sum(cache() is not None for cache in held))
+    runner.forward(TOKENS[0, 4:5].numpy(), 4)
+    layers = len(program.config.caches)
+    assert alive[0] == len(held) and alive[-1] == 0
+    # A layer's two die before the next layer begins, so there are places where all but its own are gone.
+    assert {2 * layer for layer in range(layers)} <= set(alive)
 
 
 def test_a_clone_is_equal_and_apart(program: Program) -> None:

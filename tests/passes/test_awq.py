@@ -59,7 +59,11 @@ def test_logits_stay_and_a_second_run_does_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("clip", ["minmax", "mse"])
 @pytest.mark.parametrize(("group", "shared"), [(QKV, 1), (OUT, 3), (DOWN, 1)])
-def test_the_exponent_is_the_best_on_the_activations(group: str, shared: int, clip: str) -> None:
+@pytest.mark.parametrize("judged", [1024, 20])
+def test_the_exponent_is_the_best_on_the_activations(
+    group: str, shared: int, clip: str, judged: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hikui.passes.awq._ROWS", judged)
     program, data, fmt = measured("llama"), calibration(canonical("llama"), 8, 40), Format.parse("int3-g32")
     out = lower(program, f"awq{{bits=3,group=32,clip={clip},sites={group.rpartition('.')[0]}}}")
     x, matrices = inputs(program, group, data), weights(program, group)
@@ -70,8 +74,13 @@ def test_the_exponent_is_the_best_on_the_activations(group: str, shared: int, cl
     for step in range(20):
         s = magnitude ** (step / 20)
         s = s / (s.max() * s.min()).sqrt()
-        rounded = [dequantise(round_matrix((w * s).float(), fmt, clip), fmt).double() / s for w in matrices]
-        errors.append(sum(float((x @ (r - w).t()).square().sum()) for r, w in zip(rounded, matrices, strict=True)))
+        error = 0.0
+        for w in matrices:
+            every = -(-w.shape[0] // judged)  # Of 48 rows with 20 judged: each third.
+            some = w[::every]
+            rounded = dequantise(round_matrix((some * s).float(), fmt, clip), fmt).double() / s
+            error += every * float((x @ (rounded - some).t()).square().sum())
+        errors.append(error)
         factors.append(s)
     best = min(range(20), key=errors.__getitem__)
     second = min(error for step, error in enumerate(errors) if step != best)
@@ -136,7 +145,9 @@ def test_mixed_formats_keep_their_columns() -> None:
     assert len(calls(packed[1], hikui.linear.default)) == 21
 
 
-def test_parts_of_rows_choose_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("judged", [1024, 20])
+def test_parts_of_rows_choose_alike(judged: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hikui.passes.awq._ROWS", judged)
     whole = lower(measured("llama"), "awq{bits=3,group=32,sites=layers.1}")
     monkeypatch.setattr("hikui.passes.folding._PART", 48 * 7)
     parts = lower(measured("llama"), "awq{bits=3,group=32,sites=layers.1}")
