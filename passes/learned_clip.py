@@ -18,13 +18,13 @@ from hikui.lowering.formats import Format, Packed, pack
 from hikui.lowering.passes_base import PassContext, PassResult
 from hikui.lowering.program import CORRECTION, SITE, WEIGHT, Program
 from hikui.lowering.resume import Resume
-from hikui.lowering.streaming import Stream
 from hikui.lowering.workers import Workers
 from hikui.passes.block_training import BlockSpan, spans
 from hikui.passes.blockwise import Packer, Quantiser
 from hikui.passes.columns import Orders
+from hikui.passes.course import Course
 from hikui.passes.evidence import Evidence
-from hikui.passes.footprint import Footprint, estimate, refuse_what_cannot_fit, value_nbytes
+from hikui.passes.footprint import Footprint, estimate, value_nbytes
 from hikui.passes.graph import blocks, matrix_shape, weight_of
 from hikui.passes.learned_scales import LearnedScales
 from hikui.passes.lesson import Lesson, Schedule
@@ -101,31 +101,21 @@ class LearnedClip(Quantiser):
         if not self.chosen(work):
             return PassResult(program, False)
         with Workers(context.workers) as workers:
-            notes = _Course(self, program, work, context, workers).run()
+            notes = _Learning(self, program, work, context, workers).run()
         work.recompile()
         return PassResult(work, True, notes)
 
 
-class _Course:
+class _Learning(Course):
     """One pass through the model; `program` gives the targets, `work` is changed."""
 
     def __init__(
         self, options: LearnedClip, program: Program, work: Program, context: PassContext, workers: Workers
     ) -> None:
-        if context.calibration is None:
-            raise HikuiError(
-                "It follows real text through the model and none was given; give some with --calibration TEXT_FILE."
-            )
+        super().__init__(options.name, program, work, context, workers)
         self._options = options
-        self._program = program
-        self._work = work
-        self._context = context
-        self._workers = workers
-        self._texts = context.calibration.chunks
         self._float_spans = options.spans(program)
-        footprint = _footprint(options, program, self._float_spans, self._texts, workers.count)
-        context.announce(f"{options.name} needs {footprint}")
-        refuse_what_cannot_fit(footprint, context)
+        self._expect(_footprint(options, program, self._float_spans, self._texts, workers.count))
 
     def run(self) -> list[str]:
         """Rounds what is not learned, then learns the blocks; returns the notes."""
@@ -146,8 +136,7 @@ class _Course:
                     notes += self._pack(span, None, self._gathers(span, orders), kept)
                     notes.append(_summary(span, errors))
                     if index + 1 == finished < len(learned):
-                        for name, each in streams.items():
-                            each.restore(resume.scope(f"streams-{index}").scope(name))
+                        self._go_on(index, streams)
                     continue
                 float_stream.advance(original.after)
                 stream.advance(span.nodes[0])
@@ -160,17 +149,9 @@ class _Course:
                 notes.append(_summary(span, errors))
                 if index + 1 < len(learned):
                     stream.advance(span.after)
-                    self._save(streams, index)
-                resume.save(f"finished-{index}", {"errors": errors})
-                if resume and index:
-                    resume.scope(f"streams-{index - 1}").drop()
+                self._keep(index, len(learned), streams, {"errors": errors})
         self._progress(len(learned), 0)
         return notes
-
-    def _stream(self, program: Program) -> Stream:
-        return Stream(
-            program, self._texts, self._workers, scratch=self._context.scratch, as_float=program is self._program
-        )
 
     def _progress(self, block: int, epochs: int) -> None:
         each = self._options.epochs
@@ -224,18 +205,6 @@ class _Course:
             notes += [f"{site}: {note}" for note in fmt.notes(*matrix_shape(node))]
             replace_with_packed(self._work, node, fmt, packed, x)
         return notes
-
-    # ── going on after a kill ───────────────────────────────────────────────────────────────────────────────────────
-
-    def _finished(self, count: int) -> int:
-        """How many leading blocks an earlier run has finished."""
-        resume = self._context.resume
-        return next((index for index in range(count) if resume.load(f"finished-{index}") is None), count)
-
-    def _save(self, streams: dict[str, Stream], index: int) -> None:
-        if self._context.resume:
-            for name, stream in streams.items():
-                stream.save(self._context.resume.scope(f"streams-{index}").scope(name))
 
 
 def _found(resume: Resume, name: str) -> dict[str, Tensor]:

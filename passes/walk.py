@@ -7,7 +7,6 @@ and rounded on them, and X̂ goes on through the rounded matrices. After each bl
 
 from contextlib import ExitStack
 
-import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
@@ -18,12 +17,13 @@ from hikui.lowering.streaming import Stream
 from hikui.lowering.workers import Workers
 from hikui.passes.blockwise import Packer, Quantiser
 from hikui.passes.correction import correct
+from hikui.passes.course import Course
 from hikui.passes.evidence import Sums
-from hikui.passes.footprint import estimate, refuse_what_cannot_fit
+from hikui.passes.footprint import estimate
 from hikui.passes.graph import blocks
 
 
-class Walk:
+class Walk(Course):
     """One pass of a quantiser through a model.
 
     Args:
@@ -40,16 +40,8 @@ class Walk:
     def __init__(
         self, quantiser: Quantiser, program: Program, work: Program, context: PassContext, workers: Workers
     ) -> None:
-        if context.calibration is None:
-            raise HikuiError(
-                "It follows real text through the model and none was given; give some with --calibration TEXT_FILE."
-            )
+        super().__init__(quantiser.name, program, work, context, workers)
         self._quantiser = quantiser
-        self._program = program
-        self._work = work
-        self._context = context
-        self._workers = workers
-        self._texts = context.calibration.chunks
         chosen = quantiser.chosen(work)
         self._packer = Packer(quantiser, work, [(node, quantiser.format_of(node)) for node in chosen], workers)
         self._blocks = blocks(chosen)
@@ -69,39 +61,33 @@ class Walk:
             corrected=corrected,
             workers=workers.count,
         )
-        context.announce(f"{quantiser.name} needs {footprint}")
-        refuse_what_cannot_fit(footprint, context)
+        self._expect(footprint)
 
     def run(self) -> list[str]:
         """Quantises every group; returns the notes."""
         notes: list[str] = []
-        finished = self._finished()
+        count = len(self._blocks)
+        finished = self._finished(count)
         with ExitStack() as stack:
             float_stream = stack.enter_context(self._stream(self._program)) if self._needs_float else None
             stream = None if self._reads_float else stack.enter_context(self._stream(self._work))
+            both = {"float": float_stream, "quantised": stream}
+            streams = {name: each for name, each in both.items() if each is not None}
             for index in range(finished):
                 kept = self._context.resume.scope(f"block-{index}")
                 for group in self._blocks[index]:
                     for node in group:
                         notes += self._packer.pack(node, None, resume=kept)
                     self._step()
-            if 0 < finished < len(self._blocks):
-                states = self._context.resume.scope(f"streams-{finished - 1}")
-                for name, each in (("float", float_stream), ("quantised", stream)):
-                    if each is not None:
-                        each.restore(states.scope(name))
-            for index in range(finished, len(self._blocks)):
+            if 0 < finished < count:
+                self._go_on(finished - 1, streams)
+            for index in range(finished, count):
                 kept = self._context.resume.scope(f"block-{index}")
                 for group in self._blocks[index]:
                     notes += self._quantise(group, float_stream, stream, kept)
                     self._step()
-                self._keep(index, float_stream, stream)
+                self._keep(index, count, streams)
         return notes
-
-    def _stream(self, program: Program) -> Stream:
-        return Stream(
-            program, self._texts, self._workers, scratch=self._context.scratch, as_float=program is self._program
-        )
 
     def _step(self) -> None:
         self._done += 1
@@ -146,26 +132,3 @@ class Walk:
             site = node.meta[SITE]
             notes += self._packer.pack(node, evidence, resume=kept, weight=weights.pop(site, None))
         return notes
-
-    # ── going on after a kill ───────────────────────────────────────────────────────────────────────────────────────
-
-    def _finished(self) -> int:
-        """How many leading blocks an earlier run has finished."""
-        resume = self._context.resume
-        if not resume:
-            return 0
-        return next((i for i in range(len(self._blocks)) if resume.load(f"finished-{i}") is None), len(self._blocks))
-
-    def _keep(self, index: int, float_stream: Stream | None, stream: Stream | None) -> None:
-        """Says that a block is finished, once its matrices and the activations at its end are on disk."""
-        resume = self._context.resume
-        if not resume:
-            return
-        if index + 1 < len(self._blocks):
-            states = resume.scope(f"streams-{index}")
-            for name, each in (("float", float_stream), ("quantised", stream)):
-                if each is not None:
-                    each.save(states.scope(name))
-        resume.save(f"finished-{index}", {"done": torch.tensor(1)})
-        if index:
-            resume.scope(f"streams-{index - 1}").drop()
