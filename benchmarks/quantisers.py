@@ -1,7 +1,7 @@
 """Every quantiser with and without error propagation, at several bits and groups, on real text.
 
     python -m benchmarks.quantisers --text VALID --calibration TRAIN --json FILE [--model DIR] [--documents 60]
-        [--bits 4,3,2] [--groups 64,128,0] [--seeds 3] [--jobs 2] [--only METHOD|…]
+        [--bits 4,3,2] [--groups 64,128,0] [--seeds 3] [--jobs 2] [--only METHOD|…] [--markdown FILE]
 
 Weights only: activations stay in float32 and the head is int8 in groups of 64, so that what differs is the quantiser.
 Each program runs in the interpreter, per document with BOS. What a method draws from the calibration text is drawn with
@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -136,25 +137,66 @@ def measure(run: Run) -> dict[str, object]:
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Markdown: bits per character above float, the mean over seeds ± their standard deviation."""
-    settings = sorted(
-        {(int(str(row["bits"])), int(str(row["group"]))) for row in rows}, key=lambda s: (-s[0], s[1] or 1 << 20)
-    )
+    """Markdown of one model's runs: bits per character above float, the mean over seeds ± their standard deviation."""
+    cells = above_float(rows)
+    settings = sorted({cell[2:] for cell in cells}, key=lambda s: (-s[0], s[1] or 1 << 20))
     names = [f"{bits} bits, {f'g{group}' if group else 'channel'}" for bits, group in settings]
     lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for method in METHODS:
         for qep in (False, True):
-            cells = []
-            for bits, group in settings:
-                found = [
-                    float(str(row["bits_per_char"])) - float(str(row["float_bits_per_char"])) for row in rows
-                    if (row["method"], row["qep"], row["bits"], row["group"]) == (method, qep, bits, group)
-                ]  # fmt: skip
-                spread = f" ± {stdev(found):.4f}" if len(found) > 1 else ""
-                cells.append(f"{mean(found):+.4f}{spread}" if found else "")
-            if any(cells):
-                lines.append(f"| {method}{', QEP' if qep else ''} | {' | '.join(cells)} |")
+            found = [cells.get((method, qep, *setting), []) for setting in settings]
+            if any(found):
+                shown = [f"{mean(each):+.4f}{_spread(each)}" if each else "" for each in found]
+                lines.append(f"| {method}{', QEP' if qep else ''} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def above_float(rows: list[dict[str, object]]) -> dict[tuple[str, bool, int, int], list[float]]:
+    """Bits per character above float of all seeds, by method, QEP, bits and group."""
+    out: dict[tuple[str, bool, int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        key = str(row["method"]), bool(row["qep"]), int(str(row["bits"])), int(str(row["group"]))
+        out[key].append(float(str(row["bits_per_char"])) - float(str(row["float_bits_per_char"])))
+    return dict(out)
+
+
+def _spread(found: list[float]) -> str:
+    return f" ± {stdev(found):.4f}" if len(found) > 1 else ""
+
+
+def surprises(rows: list[dict[str, object]]) -> list[str]:
+    """Where the order is not the expected one.
+
+    Expected is that error propagation does no harm, and strong GPTQ ≤ GPTQ ≤ rounding with like scales. A difference
+    counts from twice the seeds' spread of both on.
+    """
+    cells, out = above_float(rows), []
+    chain = [("gptq, mse, act order", "gptq"), ("gptq", "rtn, minmax"), ("gptq, mse, act order", "rtn, mse")]
+    pairs = [((method, True), (method, False)) for method in METHODS]
+    pairs += [((better, qep), (worse, qep)) for qep in (False, True) for better, worse in chain]
+    for setting in sorted({cell[2:] for cell in cells}, reverse=True):
+        for better, worse in pairs:
+            one, two = (cells.get((*name, *setting), []) for name in (better, worse))
+            if one and two:
+                noise = 2 * math.hypot(*(stdev(each) if len(each) > 1 else 0.0 for each in (one, two)))
+                if mean(one) > mean(two) + noise:
+                    names = [f"{method}{', QEP' if qep else ''}" for method, qep in (better, worse)]
+                    where = f"{setting[0]} bits, {f'g{setting[1]}' if setting[1] else 'channel'}"
+                    out.append(f"{where}: {names[0]} {mean(one):+.4f} is worse than {names[1]} {mean(two):+.4f}")
+    return out
+
+
+def report(rows: list[dict[str, object]]) -> str:
+    """Markdown of all runs, a table a model."""
+    parts = []
+    for model, documents in sorted({(str(row["model"]), int(str(row["documents"]))) for row in rows}):
+        own = [row for row in rows if (row["model"], row["documents"]) == (model, documents)]
+        reference = float(str(own[0]["float_bits_per_char"]))
+        parts.append(f"## {model}\n\nBits per character above float ({reference:.4f}), {documents} documents.\n")
+        parts.append(table(own) + "\n")
+        odd = surprises(own)
+        parts.append("Not in the expected order:\n\n" + "\n".join(f"- {line}" for line in odd) + "\n" if odd else "")
+    return "\n".join(part for part in parts if part)
 
 
 def main() -> None:
@@ -170,6 +212,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", default="", help="methods, separated by |")
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--markdown", type=Path, help="where the tables of all runs in the JSON file go")
     options = parser.parse_args()
     kept: dict[str, dict[str, object]] = json.loads(options.json.read_text()) if options.json.exists() else {}
     todo = [run for run in runs(options) if run.key not in kept]
@@ -181,7 +224,10 @@ def main() -> None:
         partial.replace(options.json)
         left = math.ceil((time.perf_counter() - start) / done * (len(todo) - done) / 60)
         print(f"{done} of {len(todo)}, {left} min left", flush=True)
-    print(table(list(kept.values())))
+    text_of_all = report(list(kept.values()))
+    print(text_of_all)
+    if options.markdown:
+        options.markdown.write_text(text_of_all, "utf-8")
 
 
 if __name__ == "__main__":
