@@ -170,6 +170,6 @@ def _normalised(factor: Tensor) -> Tensor:
 
 
 def output_metric(gram: Tensor) -> Tensor:
-    """E[x·xᵀ], float64 [k, k], over the mean of its diagonal: float32."""
+    """E[x·xᵀ], [k, k], over the mean of its diagonal: float32."""
     mean = float(gram.diagonal().mean())
-    return gram.float().div_(mean if mean > 0 else 1.0)
+    return gram.float() / (mean if mean > 0 else 1.0)

@@ -20,7 +20,7 @@ from hikui.lowering.workers import Workers
 from hikui.passes.columns import Orders, require_mixable
 from hikui.passes.evidence import Evidence
 from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
-from hikui.passes.packing import PART, pack_by_rows, replace_with_packed
+from hikui.passes.packing import pack_by_rows, replace_with_packed
 from hikui.passes.rounding import Rounded
 
 KINDS_BY_BITS = {1: "sign", 2: "int2", 3: "int3", 4: "int4", 8: "int8"}
@@ -42,8 +42,8 @@ class Quantiser(Pass):
 
     sequential: ClassVar[bool] = False
     """Whether it measures its sites' inputs itself, behind the blocks that it has already quantised."""
-    part: ClassVar[int] = PART
-    """How many weights it is given at a time."""
+    times: ClassVar[int] = 1
+    """How many of the usual parts of a matrix it is given at once."""
 
     bits: int = 4
     group: int = 64
@@ -242,7 +242,7 @@ class Packer:
             return pack(fmt, result.codes, result.scale)
 
         return pack_by_rows(
-            self._program, weight_of(node), site, fmt, rounded, self._workers, weight, self._quantiser.part
+            self._program, weight_of(node), site, fmt, rounded, self._workers, weight, self._quantiser.times
         )
 
     def _prepare(self, evidence: Evidence, fmt: Format, order: Tensor | None) -> tuple[Evidence, object]:

@@ -1,20 +1,24 @@
 """Measures what each linear site reads, on real text, one block of the model at a time."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
 
+from hikui.lowering.checkpoint import read_safetensors
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.passes_base import Pass, PassContext, PassResult
 from hikui.lowering.program import SITE, STATISTICS, Program
 from hikui.lowering.resume import Resume
+from hikui.lowering.store import TensorSource
 from hikui.lowering.streaming import Stream
 from hikui.lowering.workers import Workers
+from hikui.passes.course import Course
 from hikui.passes.evidence import Sums
-from hikui.passes.footprint import estimate, refuse_what_cannot_fit
-from hikui.passes.graph import blocks, float_sites, groups
+from hikui.passes.footprint import estimate
+from hikui.passes.graph import blocks, float_sites, groups, matrix_shape
 
 _KINDS = frozenset({"mean_square", "max_abs", "mean_abs"})
 
@@ -24,10 +28,10 @@ class Calibrate(Pass):
     """Measures the mean square and the mean and largest magnitude of every input column of every site.
 
     Tied sites share one set of statistics, kept in the store under `statistics/<group>/…`: `mean_square`, `max_abs` and
-    `mean_abs` float32 [K], `tokens` int64 [], and `gram` float64 [K, K].
+    `mean_abs` float32 [K], `tokens` int64 [], and `gram` float32 [K, K], summed in float64.
 
     Attributes:
-        gram: also measure E[x·xᵀ], which the whitened branch and the exact output error need; K² float64 a group.
+        gram: also measure E[x·xᵀ], which the whitened branch and the exact output error need; 4 K² bytes a group.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -45,53 +49,73 @@ class Calibrate(Pass):
         Raises:
             HikuiError: no calibration text was given, an activation is NaN or infinite, or there is too little memory.
         """
-        if context.calibration is None:
-            raise HikuiError(
-                "It measures the model on real text and none was given; give some with --calibration TEXT_FILE."
-            )
         work = program.clone()
         with Workers(context.workers) as workers:
-            new = self._measure(work, context, workers)
-        if not new:
-            return PassResult(program, False)
-        tokens = sum(chunk.shape[1] for chunk in context.calibration.chunks)
-        source = f" of {context.calibration.source}" if context.calibration.source else ""
-        measured = len(groups(float_sites(work)))
-        return PassResult(work, True, [f"{measured} activations measured on {tokens} tokens{source}"])
+            note = _Measuring(self, program, work, context, workers).run()
+        return PassResult(program, False) if note is None else PassResult(work, True, [note])
 
-    def _measure(self, work: Program, context: PassContext, workers: Workers) -> bool:
-        """Measures block by block; returns whether anything is new."""
-        assert context.calibration is not None
-        texts, walk = context.calibration.chunks, blocks(float_sites(work))
-        footprint = estimate(
-            work, walk, texts, streams=1, matrices=int(self.gram), spare=0, corrected=False, workers=workers.count
+    def ensures(self, program: Program) -> None:
+        """Every unpacked site has statistics."""
+        for node in float_sites(program):
+            if STATISTICS not in node.meta:
+                raise VerificationError(f"Site {node.meta[SITE]} was not measured.")
+
+
+class _Measuring(Course):
+    """One pass through the model; `work` gets the statistics."""
+
+    def __init__(
+        self, options: Calibrate, program: Program, work: Program, context: PassContext, workers: Workers
+    ) -> None:
+        super().__init__(options.name, program, work, context, workers)
+        self._wanted = _KINDS | ({"gram"} if options.gram else set())
+        self._blocks = blocks(float_sites(work))
+        self._new = False
+        need = estimate(
+            work,
+            self._blocks,
+            self._texts,
+            streams=1,
+            matrices=int(options.gram),
+            spare=0,
+            corrected=False,
+            workers=workers.count,
         )
-        context.announce(f"{self.name} needs {footprint}")
-        refuse_what_cannot_fit(footprint, context)
-        resume, new, done, total = context.resume, False, 0, sum(map(len, walk))
-        finished = next((i for i in range(len(walk)) if resume.load(f"finished-{i}") is None), len(walk))
-        with Stream(work, texts, workers, scratch=context.scratch) as stream:
-            if 0 < finished < len(walk):
-                stream.restore(resume.scope(f"stream-{finished - 1}"))
-            for index, block in enumerate(walk):
+        widths = [matrix_shape(members[0])[1] for block in self._blocks for members in block]
+        stored = sum(4 * k * k for k in widths) if options.gram else 0
+        if context.resume or context.scratch is not None:
+            self._expect(replace(need, disk=need.disk + stored))
+        else:
+            self._expect(replace(need, memory=need.memory + stored))
+
+    def run(self) -> str | None:
+        """Measures block by block; returns a note, or None where nothing is new."""
+        resume, count, done = self._context.resume, len(self._blocks), 0
+        finished, total = self._finished(count), sum(map(len, self._blocks))
+        with self._stream(self._work) as stream:
+            streams = {"float": stream}
+            if 0 < finished < count:
+                self._go_on(finished - 1, streams)
+            for index, block in enumerate(self._blocks):
                 kept = resume.scope(f"block-{index}")
                 for members in block:
                     name = next(name for name, tied in groups(members).items() if tied)
                     found = kept.load(name) if index < finished else None
-                    new |= self._store(work, name, members, found or self._group(stream, members, workers, name, kept))
+                    if found is None:
+                        found = self._measured(stream, members)
+                        kept.save(name, found)
+                    self._store(name, members, found, kept)
                     done += 1
-                    context.progress("calibrate", done, total)
-                if resume and index >= finished:
-                    if index + 1 < len(walk):
-                        stream.save(resume.scope(f"stream-{index}"))
-                    resume.save(f"finished-{index}", {"done": torch.tensor(1)})
-                    if index:
-                        resume.scope(f"stream-{index - 1}").drop()
-        return new
+                    self._context.progress(self._name, done, total)
+                if index >= finished:
+                    self._keep(index, count, streams)
+        if not self._new:
+            return None
+        assert self._context.calibration is not None
+        name, tokens = self._context.calibration.source, sum(text.shape[1] for text in self._texts)
+        return f"{total} activations measured on {tokens} tokens{f' of {name}' if name else ''}"
 
-    def _group(
-        self, stream: Stream, members: list[fx.Node], workers: Workers, name: str, kept: Resume
-    ) -> dict[str, Tensor]:
+    def _measured(self, stream: Stream, members: list[fx.Node]) -> dict[str, Tensor]:
         """Brings the stream to tied sites and measures what they read."""
         sums: list[Sums] = []
 
@@ -99,7 +123,7 @@ class Calibrate(Pass):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                sums.append(Sums(x.shape[-1], _KINDS | ({"gram"} if self.gram else set()), workers))
+                sums.append(Sums(x.shape[-1], self._wanted, self._workers))
             sums[0].add(x)
 
         stream.advance(members[0], {members[0]: observe})
@@ -110,28 +134,23 @@ class Calibrate(Pass):
                 "itself is broken there."
             )
         evidence = measured.evidence()
-        every = {kind: getattr(evidence, kind) for kind in (*sorted(_KINDS), "gram")}
-        out = {kind: tensor for kind, tensor in every.items() if tensor is not None}
-        out["tokens"] = torch.tensor(measured.tokens, dtype=torch.int64)
-        kept.save(name, out)
-        return out
+        every = {kind: getattr(evidence, kind) for kind in sorted(self._wanted)}
+        out = {kind: tensor.float() for kind, tensor in every.items()}
+        return out | {"tokens": torch.tensor(measured.tokens, dtype=torch.int64)}
 
-    def _store(self, program: Program, name: str, members: list[fx.Node], measured: dict[str, Tensor]) -> bool:
-        """Keeps the statistics of a group; returns whether they say anything new."""
-        new = False
-        keys = {}
+    def _store(self, name: str, members: list[fx.Node], measured: dict[str, Tensor], kept: Resume) -> None:
+        """Keeps the statistics of a group: those that lie in a file already are read from there."""
+        store, keys = self._work.store, {}
+        files: Mapping[str, TensorSource] = read_safetensors(kept.path(name)) if kept else {}
         for kind, tensor in measured.items():
             key = keys[kind] = f"statistics/{name}/{kind}"
-            if key not in program.store or not torch.equal(program.store.load(key), tensor):
-                program.store.put(key, tensor)
-                new = True
+            if key in store and torch.equal(store.load(key), tensor):
+                continue
+            self._new = True
+            if kind in files:
+                store.alias(key, files[kind])
+            else:
+                store.put(key, tensor)
         for node in members:
-            new |= node.meta.get(STATISTICS) != keys
+            self._new |= node.meta.get(STATISTICS) != keys
             node.meta[STATISTICS] = dict(keys)
-        return new
-
-    def ensures(self, program: Program) -> None:
-        """Every unpacked site has statistics."""
-        for node in float_sites(program):
-            if STATISTICS not in node.meta:
-                raise VerificationError(f"Site {node.meta[SITE]} was not measured.")

@@ -23,7 +23,7 @@ class OutputMetric:
     Threads may share one.
 
     Args:
-        gram: float64 [k, k], E[x·xᵀ] of the columns in the order in which the matrix has them. It is kept, not copied.
+        gram: [k, k], E[x·xᵀ] of the columns in the order in which the matrix has them. It is kept, not copied.
     """
 
     def __init__(self, gram: Tensor) -> None:
@@ -48,7 +48,7 @@ class OutputMetric:
 
     def _block(self, start: int, group: int) -> Tensor:
         own = slice(start, min(start + group, self.width))
-        block = self._gram[own, own].float().mul_(self._by)
+        block = self._gram[own, own].float() * self._by
         block.diagonal().add_(_FLOOR)
         return F.pad(block, (0, group - block.shape[1], 0, group - block.shape[0]))
 

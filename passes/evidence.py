@@ -43,8 +43,8 @@ class Evidence:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    # A Gram matrix is factored in place, and the store's must stay.
-    return tensor.clone() if tensor.dim() == 2 else tensor
+    # A Gram matrix is stored in float32 and worked on in float64, in place.
+    return tensor.to(torch.float64, copy=True) if tensor.dim() == 2 else tensor
 
 
 _BATCH = 1024

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.program import SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.store import TensorInfo, TensorSource
 from hikui.lowering.workers import Workers
 from hikui.passes.graph import argument, aten, drop_weights, is_call, is_weight, matrix_shape, weight_of
 from hikui.passes.packing import load_finite
@@ -233,8 +234,7 @@ def _rescale_statistics(program: Program, members: Sequence[fx.Node], columns: T
     kept: dict[str, str] = {}
     for kind, key in members[0].meta.get(STATISTICS, {}).items():
         if kind == "gram":
-            gram = program.store.load(key) / columns.double()
-            program.store.put(key, gram.div_(columns.double().unsqueeze(1)))
+            program.store.alias(key, _Rescaled(program.store.source(key), columns))
         elif (power := _POWERS.get(kind)) is None:
             continue
         elif power:
@@ -243,6 +243,26 @@ def _rescale_statistics(program: Program, members: Sequence[fx.Node], columns: T
     for node in members:
         if STATISTICS in node.meta:
             node.meta[STATISTICS] = dict(kept)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rescaled:
+    """A Gram matrix over factors on both sides, made when it is read: a copy of each would double what lies on disk.
+
+    Attributes:
+        source: float32 [k, k].
+        factors: float32 [k].
+    """
+
+    source: TensorSource
+    factors: Tensor
+
+    @property
+    def info(self) -> TensorInfo:
+        return self.source.info
+
+    def load(self) -> Tensor:
+        return self.source.load() / self.factors / self.factors.unsqueeze(1)
 
 
 def column_maxima(program: Program, members: Sequence[fx.Node], workers: Workers) -> Tensor:

@@ -19,7 +19,6 @@ from hikui.lowering.workers import Workers
 from hikui.passes import linalg
 from hikui.passes.blockwise import Quantiser
 from hikui.passes.evidence import Evidence
-from hikui.passes.packing import PART
 from hikui.passes.rounding import Rounded, inverse, nearest, round_matrix
 
 _BLOCK = 128
@@ -61,7 +60,7 @@ class Gptq(Quantiser):
     calibrates: ClassVar[bool] = True
     sequential: ClassVar[bool] = True
     # A column of more rows is more work for each of many small steps.
-    part: ClassVar[int] = 2 * PART
+    times: ClassVar[int] = 2
     act_order: bool = True
     damping: float = 0.01
     clip: Literal["mse", "minmax"] = "mse"

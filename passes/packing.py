@@ -21,7 +21,7 @@ from hikui.passes.graph import (
     replace,
 )
 
-PART = 1 << 22
+_PART = 1 << 22
 """Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
 
 
@@ -55,7 +55,7 @@ def pack_by_rows(
     pack_rows: Callable[[Tensor], Packed],
     workers: Workers | None = None,
     instead: Tensor | None = None,
-    part: int = PART,
+    times: int = 1,
 ) -> Packed:
     """Packs a stored matrix a part at a time.
 
@@ -67,7 +67,7 @@ def pack_by_rows(
         pack_rows: packs some whole rows.
         workers: do the parts; by default they are done one after the other.
         instead: float32 [n, k], what to pack in the stored matrix's place.
-        part: how many weights at a time.
+        times: how many of the usual parts are packed at once.
 
     Raises:
         HikuiError: it holds NaN or infinite values.
@@ -84,13 +84,13 @@ def pack_by_rows(
         if scale is not None and done.scale is not None:
             scale[blocks] = done.scale
 
-    (workers or Workers(1)).each(fill, row_parts(n, k, part))
+    (workers or Workers(1)).each(fill, row_parts(n, k, times))
     return Packed(packed, scale)
 
 
-def row_parts(n: int, k: int, part: int = PART) -> list[slice]:
+def row_parts(n: int, k: int, times: int = 1) -> list[slice]:
     """The rows of a matrix in parts of whole blocks of the packed layout, small enough to be worked on at once."""
-    step = max(1, part // (k * ROWS)) * ROWS
+    step = max(1, times * _PART // (k * ROWS)) * ROWS
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 

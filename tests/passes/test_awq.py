@@ -94,7 +94,7 @@ def output_error(program: Program, original: Program, fmt: Format, group: str) -
     total = 0.0
     before = {node.meta[SITE]: node for node in groups(sites(original))[group]}
     for node in groups(sites(program))[group]:
-        metric = original.store.load(before[node.meta[SITE]].meta[STATISTICS]["gram"])
+        metric = original.store.load(before[node.meta[SITE]].meta[STATISTICS]["gram"]).double()
         key = node.meta["hikui.float_weight"]
         weight = program.store.load(key).double()
         scale = program.store.load(f"{key}.{fmt}.scale")

@@ -1,5 +1,7 @@
 """calibrate: statistics of what sites read."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from hikui.lowering.interpreter import Interpreter
 from hikui.lowering.passes_base import Calibration, PassContext
 from hikui.lowering.printer import to_text
 from hikui.lowering.program import GROUP, STATISTICS
+from hikui.lowering.resume import Resume
+from hikui.lowering.store import FileTensor
 from hikui.passes import Calibrate
 from hikui.passes.graph import sites
 
@@ -39,8 +43,8 @@ def test_statistics_against_float64_over_all_tokens(family: str) -> None:
         assert torch.allclose(stored["max_abs"].double(), x.abs().amax(0), rtol=1e-5, atol=0)
         assert torch.allclose(stored["mean_abs"].double(), x.abs().mean(0), rtol=1e-5, atol=0)
         gram = x.t() @ x / len(x)
-        assert stored["gram"].dtype == torch.float64
-        assert torch.allclose(stored["gram"], gram, rtol=1e-4, atol=1e-5 * float(gram.diagonal().max()))
+        assert stored["gram"].dtype == torch.float32
+        assert torch.allclose(stored["gram"].double(), gram, rtol=1e-4, atol=1e-5 * float(gram.diagonal().max()))
 
 
 def test_tied_sites_share_and_the_graph_stays() -> None:
@@ -89,3 +93,23 @@ def test_broken_activations_are_named() -> None:
     program.store.put(key, torch.full_like(program.store.load(key), float("inf")))
     with pytest.raises(HikuiError, match=r"Site model.layers.1.self_attn.q_proj reads NaN or infinite activations"):
         lower(program, "calibrate", calibration(program))
+
+
+def test_a_run_that_can_go_on_keeps_each_matrix_once(tmp_path: Path) -> None:
+    program = canonical("llama")
+    said: list[str] = []
+    context = PassContext(
+        calibration(program), tmp_path / "scratch", resume=Resume(tmp_path / "resume"), announce=said.append
+    )
+    plain = lower(program, "calibrate{gram=true}", calibration(program))
+    kept = Calibrate(gram=True).run(program, context).program
+    for node in sites(kept):
+        for kind, key in node.meta[STATISTICS].items():
+            source = kept.store.source(key)
+            assert isinstance(source, FileTensor) and tmp_path / "resume" in source.path.parents
+            assert torch.equal(kept.store.load(key), plain.store.load(node.meta[STATISTICS][kind]))
+    # What will lie on disk is said beforehand.
+    assert any("on disk" in line for line in said)
+    said.clear()
+    Calibrate(gram=True).run(program, PassContext(calibration(program), announce=said.append))
+    assert said and not any("on disk" in line for line in said)

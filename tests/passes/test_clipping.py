@@ -123,7 +123,7 @@ def test_rtn_with_it_changes_outputs_less() -> None:
             weight = program.store.load(f"{node.meta[SITE]}.weight")
             key = f"{node.meta[SITE]}.weight.int3-g32"
             off = unpack(fmt, out.store.load(key), out.store.load(f"{key}.scale"), *weight.shape) - weight
-            metric = program.store.load(node.meta[STATISTICS]["gram"])
+            metric = program.store.load(node.meta[STATISTICS]["gram"]).double()
             total += float((off.double() @ metric * off.double()).sum())
         totals.append(total)
     assert totals[1] < 0.9 * totals[0]

@@ -35,7 +35,7 @@ def test_against_brute_force_in_float64(metric: str, gram: bool) -> None:
         weight = program.store.load(f"{node.meta[SITE]}.weight")
         keys = node.meta[STATISTICS]
         mean_square = program.store.load(keys["mean_square"]).double()
-        second = program.store.load(keys["gram"]) if gram and metric == "output" else torch.diag(mean_square)
+        second = program.store.load(keys["gram"]).double() if gram and metric == "output" else torch.diag(mean_square)
         for name in FORMATS:
             error = weight.double() - rounded(weight, name).double()
             if metric == "weight":

@@ -81,7 +81,9 @@ def test_output_errors_fall_with_the_rank(gram: bool) -> None:
         (node,) = [n for n in sites(program) if n.meta[SITE] == site]
         keys = node.meta[STATISTICS]
         second = (
-            program.store.load(keys["gram"]) if gram else torch.diag(program.store.load(keys["mean_square"]).double())
+            program.store.load(keys["gram"]).double()
+            if gram
+            else torch.diag(program.store.load(keys["mean_square"]).double())
         )
         from hikui.passes.sub_branch import _residual
 
@@ -104,7 +106,7 @@ def test_the_whole_matrix_whitens_better_than_its_diagonal() -> None:
     from hikui.passes.sub_branch import _residual
 
     for node in sites(program)[::4]:
-        gram, residual = program.store.load(node.meta[STATISTICS]["gram"]), _residual(program, node)
+        gram, residual = program.store.load(node.meta[STATISTICS]["gram"]).double(), _residual(program, node)
         left = []
         for work in (exact, diagonal):
             a, b = (work.store.load(f"{node.meta[SITE]}.branch.{name}").double() for name in "ab")
