@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.memory import give_back
 from hikui.lowering.program import BLOCK, WEIGHT, Program, evaluate
+
+_HOLES = 1 << 28
+"""Bytes of weights that are loaded and dropped before their holes in the heap are given back."""
 
 Observer = Callable[[fx.Node, tuple[object, ...], object], None]
 """Called with a node, its evaluated arguments and its result."""
@@ -59,6 +63,7 @@ class Interpreter:
         self._keep_weights = keep_weights
         self._observe = observe
         self._weights: dict[str, Tensor] = {}
+        self._dropped = 0
         self._nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
         self._dying = _last_uses(self._nodes)
 
@@ -73,6 +78,11 @@ class Interpreter:
         tensor = self.program.store.load(key)
         if self._keep_weights:
             self._weights[key] = tensor
+        elif (dropped := self._dropped + tensor.nbytes) > _HOLES:
+            give_back()
+            self._dropped = 0
+        else:
+            self._dropped = dropped
         return tensor
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor, fx
 
 from hikui.lowering.formats import ROWS, Format, unpack
+from hikui.lowering.memory import give_back
 from hikui.lowering.passes_base import Progress
 from hikui.lowering.pipeline import StepRecord
 from hikui.lowering.program import SITE, Program
@@ -53,6 +54,7 @@ def site_reports(lowered: Program, sizes: Sizes, origin: Program | None, progres
         error = None
         if site.name in packed and site.name in floats and origin is not None:
             error = _error(lowered, packed[site.name], origin.store, floats[site.name])
+            give_back()
         notes = Format.parse(site.format).notes(site.out_features, site.in_features) if site.name in packed else []
         reports.append(
             SiteReport(
