@@ -22,6 +22,7 @@ from hikui.lowering import formats
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
 from hikui.lowering.interpreter import check_length, empty_cache
+from hikui.lowering.memory import give_back
 from hikui.lowering.program import FLOAT_WEIGHT, WEIGHT, Program, evaluate
 from hikui.lowering.resume import Resume
 from hikui.lowering.sizes import column_order
@@ -152,6 +153,8 @@ class Stream:
         for shared in self._shared.values():
             for name in shared.keys() - stage.alive:
                 del shared[name]
+        # What the texts have passed through leaves holes between what is kept of them.
+        give_back()
 
     def value(self, number: int, node: fx.Node) -> Tensor:
         """What a node gave for a text; it must be alive at this point."""

@@ -123,6 +123,7 @@ def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importanc
     n, k = weight.shape
     scales = _Scales(weight, fmt, clip, importance, beforehand=factor.order is not None)
     order = torch.arange(k) if factor.order is None else factor.order
+    # In float32, as the weights are: further digits of a target tell only where it lies in the middle of two codes.
     # Transposed, so that a column is a run of memory: what each column is to be, and once it is rounded, what it lacks.
     left = weight.t().contiguous()[order]
     codes = torch.empty(k, n, dtype=torch.int8)
@@ -140,10 +141,10 @@ def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importanc
             done = left[start + first : start + last]
             for at in range(first, last):
                 position = positions[start + at]
-                scale, inverse, kind = scales.of(position)
+                scale, reciprocal, kind = scales.of(position)
                 target = torch.addmv(carried[at], done[: at - first].t(), corner[first:at, at])
                 target.mul_(1 / pivots[start + at]).add_(done[at - first])
-                code = nearest(target.mul_(inverse), kind)
+                code = nearest(target.mul_(reciprocal), kind)
                 codes[position] = code
                 done[at - first] -= code.mul_(scale)
             carried[last:].addmm_(corner[first:last, last:].t(), done)
