@@ -1,6 +1,6 @@
 """What each quantiser loses on single real matrices: relative weight and output error.
 
-    python -m benchmarks.matrices TENSORS.safetensors [--json FILE]
+    python -m benchmarks.matrices TENSORS.safetensors [--formats int3-g64,…] [--json FILE]
 
 For files with GPT-2's attention matrices, [in, out], as `decoder1.att.query.w`. No text goes through part of a
 model, so the inputs are made: of query, key and value the layer's own norm (γ∘z + β) of standard normal z; of the
@@ -35,6 +35,7 @@ from hikui.passes.rounding import dequantise
 from hikui.passes.rtn import Rtn
 
 TOKENS = 8192
+FORMATS = ",".join(f"int{bits}-{group}" for bits in (4, 3, 2) for group in ("g64", "g128", "channel"))
 
 Method = Callable[[Tensor, Tensor], Tensor]
 """What becomes of a matrix float32 [n, k] whose site reads inputs [tokens, k]."""
@@ -126,9 +127,9 @@ def layers(path: Path) -> list[Layer]:
 
 def apart(weight: Tensor, rounded: Tensor, x: Tensor, met: Tensor) -> float:
     """E‖Wx − Ŵx̂‖² / E‖Wx‖² over the tokens that no method has seen."""
-    x, met, weight = x[1::2].double(), met[1::2].double(), weight.double()
-    wanted = x @ weight.t()
-    return float((wanted - met @ rounded.double().t()).square().sum() / wanted.square().sum())
+    wanted = x[1::2] @ weight.t()
+    off = wanted - met[1::2] @ rounded.t()
+    return float(off.square().sum(dtype=torch.float64) / wanted.square().sum(dtype=torch.float64))
 
 
 def corrected(weight: Tensor, x: Tensor, met: Tensor) -> Tensor:
@@ -178,18 +179,17 @@ def main() -> None:
     """Prints a table of medians over the matrices."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tensors", type=Path)
+    parser.add_argument("--formats", default=FORMATS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     found = layers(options.tensors)
     print("| format | method | weight | output | behind rounded values | with QEP |\n|---|---|---|---|---|---|")
-    for kind in ("int4", "int3", "int2"):
-        for group in ("g64", "g128", "channel"):
-            fmt = Format.parse(f"{kind}-{group}")
-            for name, method in methods(fmt).items():
-                made = [row for layer in found for row in measure(layer, method)]
-                rows += [{"format": str(fmt), "method": name, **row} for row in made]
-                print(f"| {fmt} | {name} | {table(made)} |", flush=True)
+    for fmt in map(Format.parse, options.formats.split(",")):
+        for name, method in methods(fmt).items():
+            made = [row for layer in found for row in measure(layer, method)]
+            rows += [{"format": str(fmt), "method": name, **row} for row in made]
+            print(f"| {fmt} | {name} | {table(made)} |", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
 
