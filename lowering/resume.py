@@ -81,6 +81,17 @@ class Resume:
         except (OSError, SafetensorError) as error:
             raise HikuiError(f"{self.path(name)} is damaged ({error}); run again with --no-resume.") from None
 
+    def need(self, name: str) -> dict[str, Tensor]:
+        """What was saved under a name.
+
+        Raises:
+            HikuiError: the file is missing or damaged.
+        """
+        found = self.load(name)
+        if found is None:
+            raise HikuiError(f"{self.path(name)} is missing; run again with --no-resume.")
+        return found
+
     def drop(self) -> None:
         """Removes the folder with everything in it."""
         if self.folder is not None:

@@ -312,7 +312,7 @@ class Stream:
         Raises:
             HikuiError: a file is missing or damaged.
         """
-        last = bytes(_found(resume, "position")["name"].tolist()).decode()
+        last = bytes(resume.need("position")["name"].tolist()).decode()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and sees_text(node, self._varying, self._tokens):
                 self._varying.add(node.name)
@@ -322,9 +322,9 @@ class Stream:
         else:
             raise HikuiError(f"{resume.path('position')} is of another program; run again with --no-resume.")
         for length in self._shared:
-            self._shared[length] = _whole(_found(resume, f"length-{length}"))
+            self._shared[length] = _whole(resume.need(f"length-{length}"))
         for number in range(len(self._texts)):
-            self._keep(number, _whole(_found(resume, f"{number}")))
+            self._keep(number, _whole(resume.need(f"{number}")))
 
 
 def dequantised(program: Program, node: fx.Node) -> Tensor:
@@ -400,10 +400,3 @@ def _whole(flat: Mapping[str, Tensor]) -> dict[str, object]:
 def _from_file(path: Path) -> dict[str, Tensor]:
     # Copied, because kernels may add up in another order where a tensor is aligned otherwise.
     return {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-
-def _found(resume: Resume, name: str) -> dict[str, Tensor]:
-    found = resume.load(name)
-    if found is None:
-        raise HikuiError(f"{resume.path(name)} is missing; run again with --no-resume.")
-    return found

@@ -132,7 +132,7 @@ class _Learning(Course):
                 self._progress(index, 0)
                 kept = resume.scope(f"block-{index}")
                 if index < finished:
-                    errors = _found(resume, f"finished-{index}")["errors"]
+                    errors = resume.need(f"finished-{index}")["errors"]
                     notes += self._pack(span, None, self._gathers(span, orders), kept)
                     notes.append(_summary(span, errors))
                     if index + 1 == finished < len(learned):
@@ -196,7 +196,7 @@ class _Learning(Course):
         for index, (node, (x, _)) in enumerate(zip(span.sites, gathers, strict=True)):
             site, fmt = node.meta[SITE], self._options.format_of(node)
             if rounded is None:
-                found = _found(kept, site)
+                found = kept.need(site)
                 packed = Packed(found["weight"], found["scale"])
             else:
                 packed = pack(fmt, *rounded[index])
@@ -205,13 +205,6 @@ class _Learning(Course):
             notes += [f"{site}: {note}" for note in fmt.notes(*matrix_shape(node))]
             replace_with_packed(self._work, node, fmt, packed, x)
         return notes
-
-
-def _found(resume: Resume, name: str) -> dict[str, Tensor]:
-    found = resume.load(name)
-    if found is None:
-        raise HikuiError(f"{resume.path(name)} is missing; run again with --no-resume.")
-    return found
 
 
 def _summary(span: BlockSpan, errors: Tensor) -> str:

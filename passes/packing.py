@@ -78,11 +78,11 @@ def pack_by_rows(
     scale = None if scale_shape is None else torch.empty(scale_shape, dtype=torch.float16)
 
     def fill(rows: slice) -> None:
-        done = pack_rows(load_finite(program, weight, site, rows) if instead is None else instead[rows])
+        part = pack_rows(load_finite(program, weight, site, rows) if instead is None else instead[rows])
         blocks = slice(rows.start // ROWS, -(-rows.stop // ROWS))
-        packed[blocks] = done.weight
-        if scale is not None and done.scale is not None:
-            scale[blocks] = done.scale
+        packed[blocks] = part.weight
+        if scale is not None and part.scale is not None:
+            scale[blocks] = part.scale
 
     (workers or Workers(1)).each(fill, row_parts(n, k, times))
     return Packed(packed, scale)

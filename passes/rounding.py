@@ -188,17 +188,3 @@ def _by_halves(kind: str) -> Tensor:
 
 def _error(grouped: Tensor, codes: Tensor, scale: Tensor, heavy: Tensor) -> Tensor:
     return ((codes * scale.unsqueeze(-1) - grouped).square_() * heavy).sum(-1)
-
-
-def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
-    """The nearest codes to values, each with a scale of its own.
-
-    Args:
-        values: float32 [n].
-        scale: float32 [n]; where it is zero, the code is the one nearest to zero.
-        kind: a key of `KINDS`.
-
-    Returns:
-        float32 [n].
-    """
-    return group_codes(values.unsqueeze(-1), scale, kind).squeeze(-1)

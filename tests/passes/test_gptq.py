@@ -13,7 +13,7 @@ from hikui.lowering.workers import Workers
 from hikui.passes import Gptq
 from hikui.passes.evidence import Evidence
 from hikui.passes.gptq import compensate
-from hikui.passes.rounding import Rounded, dequantise, nearest_codes, round_matrix
+from hikui.passes.rounding import Rounded, dequantise, group_codes, round_matrix
 
 from .helpers import SMALL_VOCABULARY, assert_settled, calibration, canonical, check, lower, program_of, random, run
 
@@ -47,6 +47,11 @@ def printed(weight: Tensor, gram: Tensor, fmt: Format, *, act_order: bool, clip:
         out[:, column] = value
         left[:, at:] -= torch.outer((left[:, at] - value) / factor[at, at], factor[at, at:])
     return out
+
+
+def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """The nearest codes to values [n], each with a scale of its own."""
+    return group_codes(values.unsqueeze(-1), scale, kind).squeeze(-1)
 
 
 def rounded(step: Gptq, weight: Tensor, gram: Tensor, fmt: Format) -> Rounded:
