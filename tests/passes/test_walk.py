@@ -203,3 +203,11 @@ def test_memory_of_a_control_group(tmp_path: Path) -> None:
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("3000\n")
     (tmp_path / "sys/fs/cgroup/memory.current").write_text("1000\n")
     assert available_memory(tmp_path) == 2000
+
+
+def test_finished_work_that_is_gone_is_named(tmp_path: Path) -> None:
+    kept = Resume(tmp_path)
+    kept.save("there", {"x": torch.ones(2)})
+    assert torch.equal(kept.need("there")["x"], torch.ones(2))
+    with pytest.raises(HikuiError, match=r"gone.safetensors is missing; run again with --no-resume"):
+        kept.need("gone")
