@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from platformdirs import user_cache_dir
 
-from hikui.lowering import elf
+from hikui.lowering.artefact import elf
 from hikui.lowering.errors import HikuiError
 
 GLIBC = "2.28"

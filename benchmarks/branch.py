@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering import driver
-from hikui.lowering.artefact import Artefact
-from hikui.lowering.driver import Prepared
-from hikui.lowering.generate import Runner
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.runners import open_runner
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import Prepared
+from hikui.lowering.app.runners import open_runner
+from hikui.lowering.artefact.generate import Runner
+from hikui.lowering.artefact.manifest import Artefact
+from hikui.lowering.ir.interpreter import ReferenceRunner
 
 
 def kernel_calls(artefact: Artefact) -> Counter[str]:

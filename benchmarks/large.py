@@ -43,15 +43,17 @@ def child(options: argparse.Namespace) -> None:
     """Quantises the first blocks and prints the figures."""
     import torch
 
-    from hikui.lowering import driver
-    from hikui.lowering.passes_base import PassContext
-    from hikui.lowering.pipeline import Pipeline, parse_pipeline
-    from hikui.lowering.recipe import CalibrationSettings
-    from hikui.lowering.streaming import Stream
+    from hikui.lowering.app import lower as driver
+    from hikui.lowering.engine.streaming import Stream
+    from hikui.lowering.pipeline.contract import PassContext
+    from hikui.lowering.pipeline.recipe import CalibrationSettings
+    from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
     from hikui.lowering.trace import trace
-    from hikui.passes import PASSES, linalg, walk
-    from hikui.passes.blockwise import Packer
-    from hikui.passes.evidence import Sums
+    from hikui.passes import PASSES
+    from hikui.passes.measure import linalg
+    from hikui.passes.measure.evidence import Sums
+    from hikui.passes.quantise import walk
+    from hikui.passes.quantise.quantiser import Packer
 
     spent = dict.fromkeys(PHASES, 0.0)
     timed(Stream, "_loaded", "weights", spent)

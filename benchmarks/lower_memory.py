@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-IMPORTS = "import hikui.lowering.driver, hikui.backends.tvm, hikui.backends.onnxruntime, torch, transformers, onnx, tvm"
+IMPORTS = (
+    "import hikui.lowering.app.lower, hikui.backends.tvm, hikui.backends.onnxruntime, torch, transformers, onnx, tvm"
+)
 
 
 def peak(command: list[str]) -> tuple[int, float]:
@@ -53,7 +55,7 @@ def main() -> None:
         own, _ = peak([sys.executable, "-c", IMPORTS])
         output = Path(folder) / "artefact"
         choices = ["--recipe", options.recipe, "--backend", options.backend, "--target", options.target]
-        lower = [sys.executable, "-m", "hikui.lowering.cli", "lower", str(checkpoint), *choices, "-o", str(output)]
+        lower = [sys.executable, "-m", "hikui.lowering.app.cli", "lower", str(checkpoint), *choices, "-o", str(output)]
         taken, seconds = peak(lower)
         size = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
     figures = {

@@ -22,17 +22,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hikui.lowering.engine.workers import Workers
 from hikui.lowering.formats import Format
-from hikui.lowering.workers import Workers
-from hikui.passes import Qep, awq, linalg
-from hikui.passes.blockwise import Quantiser
-from hikui.passes.correction import corrected_rows
-from hikui.passes.evidence import Evidence
-from hikui.passes.gptq import Gptq
-from hikui.passes.hadamard import random_hadamard
-from hikui.passes.hqq import Hqq
-from hikui.passes.rounding import dequantise
-from hikui.passes.rtn import Rtn
+from hikui.passes import Qep
+from hikui.passes.measure import linalg
+from hikui.passes.measure.evidence import Evidence
+from hikui.passes.quantise.correction import corrected_rows
+from hikui.passes.quantise.gptq import Gptq
+from hikui.passes.quantise.hqq import Hqq
+from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.quantise.rounding import dequantise
+from hikui.passes.quantise.rtn import Rtn
+from hikui.passes.transform import awq
+from hikui.passes.transform.hadamard import random_hadamard
 
 TOKENS = 8192
 FORMATS = ",".join(f"int{bits}-{group}" for bits in (4, 3, 2) for group in ("g64", "g128", "channel"))

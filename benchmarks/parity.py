@@ -26,12 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hikui.lowering import driver
-from hikui.lowering.generate import Runner
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.program import Program
-from hikui.lowering.runners import is_foreign, open_runner
-from hikui.lowering.text import TextCodec
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.runners import is_foreign, open_runner
+from hikui.lowering.artefact.generate import Runner
+from hikui.lowering.artefact.text import TextCodec
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.program import Program
 
 TOLERANCE = 1e-3
 CONTROLS = 4

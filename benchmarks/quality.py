@@ -18,9 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering import driver, evaluation, protocols, sizes, text
-from hikui.lowering.recipe import Recipe
-from hikui.lowering.runners import open_runner
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.runners import open_runner
+from hikui.lowering.artefact import text
+from hikui.lowering.evaluation import protocols
+from hikui.lowering.evaluation import quality as evaluation
+from hikui.lowering.ir import sizes
+from hikui.lowering.pipeline.recipe import Recipe
 
 RANDOM_SEEDS = 3
 

@@ -19,13 +19,17 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from hikui.lowering import driver, evaluation, protocols, sizes, text
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.jobs import Jobs
-from hikui.lowering.passes_base import PassContext
-from hikui.lowering.pipeline import Pipeline
-from hikui.lowering.program import Program
-from hikui.lowering.recipe import CalibrationSettings, Recipe
+from hikui.lowering.app import lower as driver
+from hikui.lowering.artefact import text
+from hikui.lowering.engine.jobs import Jobs
+from hikui.lowering.evaluation import protocols
+from hikui.lowering.evaluation import quality as evaluation
+from hikui.lowering.ir import sizes
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import PassContext
+from hikui.lowering.pipeline.recipe import CalibrationSettings, Recipe
+from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.trace import trace
 
 METHODS: dict[str, list[object]] = {

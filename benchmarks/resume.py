@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "artefact"
         lower = [
-            sys.executable, "-m", "hikui.lowering.cli", "lower", options.model, "--recipe", options.recipe,
+            sys.executable, "-m", "hikui.lowering.app.cli", "lower", options.model, "--recipe", options.recipe,
             "--calibration", str(options.calibration), "-o", str(output),
         ]  # fmt: skip
         start = time.perf_counter()

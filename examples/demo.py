@@ -13,13 +13,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from hikui.lowering import driver
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.runners import load
+from hikui.lowering.artefact.generate import generate
+from hikui.lowering.artefact.target import machine_triple, resolve
+from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.generate import generate
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.runners import load
-from hikui.lowering.target import machine_triple, resolve
-from hikui.lowering.text import TextCodec
+from hikui.lowering.ir.interpreter import ReferenceRunner
 
 MODEL = "reference"
 RECIPE = "int4"

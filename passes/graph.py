@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from hikui.lowering.errors import UsageError
-from hikui.lowering.program import (
+from hikui.lowering.ir.program import (
     BLOCK,
     FLOAT_WEIGHT,
     FORMAT,

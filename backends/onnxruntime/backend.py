@@ -7,8 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from hikui.backends import runner, toolchain
-from hikui.backends.base import BuildResult, Progress
+from hikui.backends import toolchain
 from hikui.backends.kernels.cuda import artefact as cuda
 from hikui.backends.onnxruntime import external_data, library
 from hikui.backends.onnxruntime.attention_rotary import RotateInAttention
@@ -18,8 +17,9 @@ from hikui.backends.onnxruntime.normalization import (
     UseSkipSimplifiedLayerNormalization,
 )
 from hikui.backends.onnxruntime.translation import to_onnx
-from hikui.lowering.program import Program
-from hikui.lowering.target import Target
+from hikui.lowering.artefact.backend import BuildResult, Progress
+from hikui.lowering.artefact.target import Target
+from hikui.lowering.ir.program import Program
 
 API_FLOOR = 18
 """The interface version that libhikui_ops.so asks for: that of ONNX Runtime 1.18."""
@@ -93,7 +93,7 @@ class OnnxRuntimeBackend:
         progress("operators", 1, 1)
         script = directory / SCRIPT
         script.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(runner.__file__).with_name("ort_run.py"), script)
+        shutil.copyfile(Path(__file__).with_name("ort_run.py"), script)
 
         cuda_files, cuda_entry = cuda.write(target, directory)
         oldest = _oldest_onnxruntime(model)

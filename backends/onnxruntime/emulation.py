@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from platformdirs import user_cache_path
 
-from hikui.backends.runner.ort_run import describe
+from hikui.backends.onnxruntime.ort_run import describe
 from hikui.lowering.errors import HikuiError
 
 _CHECKOUT = Path(__file__).resolve().parents[2]

@@ -6,7 +6,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.store import WeightStore
+from hikui.lowering.ir.store import WeightStore
 
 ALIGNMENT = 4096
 """A page, so that every tensor of the mapping is aligned for the kernels' vector loads."""

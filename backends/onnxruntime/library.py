@@ -4,7 +4,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hikui.backends import kernels, toolchain
-from hikui.lowering.target import Target
+from hikui.lowering.artefact.target import Target
 
 _FOLDER = Path(__file__).resolve().parent
 _SOURCE = _FOLDER / "custom_ops.cc"

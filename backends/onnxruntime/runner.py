@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hikui.backends.onnxruntime.emulation import EmulatedModel
-from hikui.backends.runner.ort_run import LoadError, OrtModel
+from hikui.backends.onnxruntime.ort_run import LoadError, OrtModel
 from hikui.lowering.errors import HikuiError
 
 

@@ -20,7 +20,7 @@ from onnxscript.values import Opset
 from hikui.backends.onnxruntime import schemas
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
-from hikui.lowering.program import Program
+from hikui.lowering.ir.program import Program
 
 OPSET = 21
 """The newest operator set that ONNX Runtime 1.18, the floor, reads."""

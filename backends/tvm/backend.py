@@ -11,17 +11,17 @@ import tvm
 from tvm import relax
 
 from hikui.backends import kernels, toolchain
-from hikui.backends.base import BuildResult, Progress
 from hikui.backends.kernels.cuda import artefact as cuda
-from hikui.backends.runner.build import build_runner
 from hikui.backends.tvm import index as files
 from hikui.backends.tvm.determinism import order_shape_stores
 from hikui.backends.tvm.module import relax_module
+from hikui.backends.tvm.native.build import build_runner
 from hikui.backends.tvm.parameters import write_parameters
 from hikui.backends.tvm.tokens import token_bytes, write_tokens
-from hikui.lowering import elf
-from hikui.lowering.program import Program
-from hikui.lowering.target import Target
+from hikui.lowering.artefact import elf
+from hikui.lowering.artefact.backend import BuildResult, Progress
+from hikui.lowering.artefact.target import Target
+from hikui.lowering.ir.program import Program
 
 
 def tvm_target(target: Target) -> Any:

@@ -26,8 +26,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from hikui.lowering.cache_shape import CACHE_FORMATS, FLOAT_CACHE, CacheShape
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.cache_shape import CACHE_FORMATS, FLOAT_CACHE, CacheShape
 
 LIBRARY = "model.so"
 PARAMETERS = "model.params"

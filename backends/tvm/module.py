@@ -9,7 +9,7 @@ from tvm.relax.frontend.torch import from_exported_program
 
 from hikui.backends.tvm.convert import CONVERTERS, attention_arguments
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.program import Program
+from hikui.lowering.ir.program import Program
 
 _UNSUPPORTED = "Unsupported function types "
 

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 
 from hikui.backends.tvm.index import ALIGNMENT, INDEX, PARAMETERS, Index, Weight
+from hikui.lowering.artefact.target import Target
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.passes_base import Progress
-from hikui.lowering.program import Program
-from hikui.lowering.target import Target
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import Progress
 
 _DTYPES = (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 

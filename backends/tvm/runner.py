@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from hikui.backends.runner.board import Board, BoardRunner
 from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, PARAMETERS, Index, map_parameters, read_index
-from hikui.lowering.cache_shape import CacheTensor
+from hikui.backends.tvm.native.board import Board, BoardRunner
+from hikui.lowering.artefact.target import core_count, cpu_features
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.target import core_count, cpu_features
+from hikui.lowering.ir.cache_shape import CacheTensor
 
 if TYPE_CHECKING:
-    from hikui.lowering.generate import Runner
+    from hikui.lowering.artefact.generate import Runner
 
 _CPU = 1
 _POOLED_ALLOCATOR = 2

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hikui.backends.tvm.index import TOKENS
-from hikui.lowering import text
+from hikui.lowering.artefact import text
 
 _SPACE = "▁"
 _MAGIC = b"HKTK"

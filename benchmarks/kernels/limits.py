@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.kernels.subject import Prepared, Workload
 from hikui.backends.kernels.build import compiler
-from hikui.lowering.target import machine_triple
+from hikui.lowering.artefact.target import machine_triple
 
 STREAMS = 8
 """Streams a thread in the read that cold products are given as a share of."""

@@ -16,7 +16,7 @@ from benchmarks.kernels.subject import Prepared, Step, UnavailableError, Workloa
 from hikui.backends.kernels.build import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import GROUP, Operands, format_of
-from hikui.lowering.target import core_count, resolve
+from hikui.lowering.artefact.target import core_count, resolve
 
 KINDS = ("sign", "mixed", "int2", "ternary", "int3", "int4", "nf4", "fp4", "int8")
 RANK = 64

@@ -21,12 +21,12 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
-import hikui.lowering.dialect  # noqa: F401  (registers the ops that the wrapper calls)
-from hikui.lowering.cache_shape import CacheShape
-from hikui.lowering.checkpoint import check_finite
+import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops that the wrapper calls)
+from hikui.lowering.checkpoint.folder import check_finite
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.program import ModelConfig, Program
-from hikui.lowering.store import MemoryTensor, TensorSource, WeightStore
+from hikui.lowering.ir.cache_shape import CacheShape
+from hikui.lowering.ir.program import ModelConfig, Program
+from hikui.lowering.ir.store import MemoryTensor, TensorSource, WeightStore
 from hikui.lowering.trace.blocks import assign_blocks
 from hikui.lowering.trace.convert import convert
 from hikui.lowering.trace.source import OpenModel, open_model

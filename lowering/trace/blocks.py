@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import fx
 
-from hikui.lowering.program import BLOCK
+from hikui.lowering.ir.program import BLOCK
 
 
 def module_path(node: fx.Node) -> str:

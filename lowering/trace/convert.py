@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.program import WEIGHT
+from hikui.lowering.ir.program import WEIGHT
 from hikui.lowering.trace.blocks import module_path
 
 aten = torch.ops.aten

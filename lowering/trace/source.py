@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hikui.lowering.checkpoint import Checkpoint, Float32Tensor
+from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor
+from hikui.lowering.checkpoint.quantised import CONFIG_KEY
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.quantised_checkpoint import CONFIG_KEY
-from hikui.lowering.store import MemoryTensor, TensorSource
+from hikui.lowering.ir.store import MemoryTensor, TensorSource
 
 DEFAULT_CONTEXT = 2048
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hikui.lowering.cache_shape import CacheShape
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.cache_shape import CacheShape
 
 IMPLEMENTATION = "hikui"
 """Name under which the mask and attention functions are registered with transformers."""

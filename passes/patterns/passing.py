@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hikui.lowering.program import Program
+from hikui.lowering.ir.program import Program
 from hikui.passes.graph import aten, hikui, is_call, same_shape
 
 _VIEWS = (

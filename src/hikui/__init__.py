@@ -4,14 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hikui.lowering.driver import lower
-    from hikui.lowering.runners import load
+    from hikui.lowering.app.lower import lower
+    from hikui.lowering.app.runners import load
     from hikui.lowering.trace import trace
 
 __version__ = "0.1.0"
 __all__ = ["load", "lower", "trace"]
 
-_HOMES = {"load": "hikui.lowering.runners", "lower": "hikui.lowering.driver", "trace": "hikui.lowering.trace"}
+_HOMES = {"load": "hikui.lowering.app.runners", "lower": "hikui.lowering.app.lower", "trace": "hikui.lowering.trace"}
 
 
 def __getattr__(name: str) -> object:

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from hikui.lowering.artefact.target import TARGETS, machine_triple, missing_features
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.target import TARGETS, machine_triple, missing_features
 
 
 def _build(target: str, directory: Path) -> Path:
     # Imported late, so that the other backend's tests do not load TVM.
     from hikui.backends.tvm import TvmBackend
-    from hikui.lowering.passes_base import no_progress
+    from hikui.lowering.pipeline.contract import no_progress
     from tests.backends import every_op
 
     directory.mkdir()

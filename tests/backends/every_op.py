@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import hikui.lowering.dialect  # noqa: F401
+import hikui.lowering.ir.dialect  # noqa: F401
 from hikui.lowering.formats import Format, pack
-from hikui.lowering.program import WEIGHT, CacheShape, ModelConfig, Program
-from hikui.lowering.store import WeightStore
-from hikui.passes.rounding import round_matrix
+from hikui.lowering.ir.program import WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.store import WeightStore
+from hikui.passes.quantise.rounding import round_matrix
 
 VOCABULARY, WIDTH, HEADS, KV_HEADS, SIZE, FFN, CONTEXT, RANK = 61, 48, 4, 2, 12, 72, 32, 5
 EOS = 57

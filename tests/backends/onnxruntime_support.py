@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from hikui.backends.onnxruntime import OnnxRuntimeBackend, library
-from hikui.lowering.driver import available_passes
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.passes_base import Calibration, PassContext, no_progress
-from hikui.lowering.pipeline import Pipeline, parse_pipeline
-from hikui.lowering.program import Program
-from hikui.lowering.target import Target, resolve
+from hikui.lowering.app.lower import available_passes
+from hikui.lowering.artefact.target import Target, resolve
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import Calibration, PassContext, no_progress
+from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_VOCABULARY, tiny_model
 

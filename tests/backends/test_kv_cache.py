@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from hikui.backends.onnxruntime import OrtRunner
-from hikui.backends.runner.board import Board, BoardRunner
+from hikui.backends.tvm.native.board import Board, BoardRunner
+from hikui.lowering.artefact.generate import Runner
+from hikui.lowering.artefact.target import TARGETS, machine_triple, resolve
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.generate import Runner
-from hikui.lowering.passes_base import no_progress
-from hikui.lowering.program import Program
-from hikui.lowering.target import TARGETS, machine_triple, resolve
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import no_progress
 from hikui.passes.graph import hikui
 
 from . import onnxruntime_support as support

@@ -12,19 +12,18 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hikui.backends.base import BuildResult
-from hikui.backends.onnxruntime import OnnxRuntimeBackend, OrtRunner
-from hikui.backends.runner import ort_run
-from hikui.lowering import elf
-from hikui.lowering.driver import available_passes
+from hikui.backends.onnxruntime import OnnxRuntimeBackend, OrtRunner, ort_run
+from hikui.lowering.app.lower import available_passes
+from hikui.lowering.artefact import elf
+from hikui.lowering.artefact.backend import BuildResult
+from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, pack
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.passes_base import PassContext, no_progress
-from hikui.lowering.pipeline import Pipeline, parse_pipeline
-from hikui.lowering.program import WEIGHT, CacheShape, ModelConfig, Program
-from hikui.lowering.store import WeightStore
-from hikui.lowering.target import resolve
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.program import WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.store import WeightStore
+from hikui.lowering.pipeline.contract import PassContext, no_progress
+from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT
 

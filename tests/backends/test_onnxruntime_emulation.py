@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hikui.backends.onnxruntime import OrtRunner, emulation
+from hikui.lowering.artefact.target import machine_triple, resolve
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.target import machine_triple, resolve
 
 from . import onnxruntime_support as support
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hikui.backends.onnxruntime import schemas
-from hikui.lowering import elf, formats
+from hikui.lowering import formats
+from hikui.lowering.artefact import elf
 from hikui.lowering.formats import Format, Packed, pack
 
 from .onnxruntime_support import Array, host_library, relative_error, run, session

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hikui.backends.runner.board import Board, BoardRunner, run_on_board
 from hikui.backends.tvm import TvmBackend, TvmRunner
 from hikui.backends.tvm.index import INDEX, PARAMETERS, TOKENS, read_index
+from hikui.backends.tvm.native.board import Board, BoardRunner, run_on_board
+from hikui.lowering.artefact.generate import generate
+from hikui.lowering.artefact.target import TARGETS, resolve
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.generate import generate
-from hikui.lowering.interpreter import ReferenceRunner
-from hikui.lowering.passes_base import no_progress
-from hikui.lowering.target import TARGETS, resolve
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.pipeline.contract import no_progress
 from tests.backends import every_op
 
 HOST = Board("x86_64-linux-gnu", threads=1)

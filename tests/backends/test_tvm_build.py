@@ -11,11 +11,11 @@ from hikui.backends import toolchain
 from hikui.backends.tvm import TvmBackend
 from hikui.backends.tvm.index import ALIGNMENT, PARAMETERS, map_parameters, read_index
 from hikui.backends.tvm.module import relax_module
-from hikui.lowering import elf
+from hikui.lowering.artefact import elf
+from hikui.lowering.artefact.target import TARGETS, machine_triple
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.passes_base import no_progress
-from hikui.lowering.program import Program
-from hikui.lowering.target import TARGETS, machine_triple
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import no_progress
 from tests.backends import every_op
 
 

@@ -4,7 +4,7 @@ import pytest
 from benchmarks.kernels.limits import Limits, PeakLimit, ReadLimit
 from benchmarks.kernels.subject import Workload
 
-from hikui.lowering.target import cpu_features
+from hikui.lowering.artefact.target import cpu_features
 
 PRODUCTS = {"vnni": 64, "avx2_integer": 32, "amx_int8": 16 * 16 * 64 / 3, "sdot": 16}
 

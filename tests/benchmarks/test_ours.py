@@ -13,9 +13,9 @@ from hikui.backends import measurement
 from hikui.backends.kernels.build import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import Operands, format_of
-from hikui.lowering.cli import run
+from hikui.lowering.app.cli import run
+from hikui.lowering.artefact.target import resolve
 from hikui.lowering.formats import quantize_activation, unpack, unpack_codes
-from hikui.lowering.target import resolve
 
 
 def present(kind: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hikui.backends.kernels.replay import Machine, Recorded, Result, link_program
-from hikui.lowering.target import cpu_features
+from hikui.lowering.artefact.target import cpu_features
 
 from .sanitised import sanitised_program
 

@@ -7,7 +7,7 @@ from hikui.backends.kernels.build import HEADER, compiler
 from hikui.backends.kernels.compile import c_source
 from hikui.backends.kernels.isa import ISAS
 from hikui.backends.kernels.table import c_tables
-from hikui.lowering.target import machine_triple
+from hikui.lowering.artefact.target import machine_triple
 
 _FLAGS = (
     "-std=gnu11", "-O1", "-g1", "-fno-math-errno", "-ffp-contract=off", "-fsanitize=address,undefined",

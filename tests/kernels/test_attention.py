@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hikui.lowering.dialect  # noqa: F401
+import hikui.lowering.ir.dialect  # noqa: F401
 from hikui.backends.kernels.replay import Recorded
 from hikui.lowering.formats import dequantize_cache, quantize_cache
 

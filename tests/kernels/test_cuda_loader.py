@@ -13,10 +13,10 @@ from torch import Tensor
 
 from hikui.backends.kernels.cuda import ARCHITECTURES, artefact, build_fatbin
 from hikui.backends.kernels.cuda.artefact import LIBRARY, build_loader
-from hikui.lowering import elf
+from hikui.lowering.artefact import elf
+from hikui.lowering.artefact.target import TARGETS, machine_triple
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, activation_k, pack, quantize_activation, quantize_activation_static, unpack
-from hikui.lowering.target import TARGETS, machine_triple
 
 from .cuda_emulation import FATBIN_MAGIC, Emulator, emulator
 

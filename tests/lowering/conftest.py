@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from hikui.lowering import driver
-from hikui.lowering.artefact import Artefact
+from hikui.lowering.app import lower as driver
+from hikui.lowering.artefact.manifest import Artefact
+from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.target import resolve
 from hikui.models.synthetic import tiny_checkpoint
 
 STORIES = "\n<|endoftext|>\n".join(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, fx, nn
 
-import hikui.lowering.dialect  # noqa: F401
-from hikui.lowering.program import BLOCK, WEIGHT, CacheShape, ModelConfig, Program
-from hikui.lowering.store import WeightStore
+import hikui.lowering.ir.dialect  # noqa: F401
+from hikui.lowering.ir.program import BLOCK, WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.store import WeightStore
 
 CONTEXT, VOCABULARY, WIDTH, HEADS, KV_HEADS = 16, 24, 16, 4, 2
 HEAD_SIZE = WIDTH // HEADS

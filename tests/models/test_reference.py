@@ -1,6 +1,6 @@
 import re
 
-from hikui.lowering.artefact import sha256
+from hikui.lowering.artefact.manifest import sha256
 from hikui.models import reference
 
 

@@ -12,12 +12,12 @@ from filecheck.options import Options
 from filecheck.parser import Parser, pattern_for_opts
 from torch import Tensor, fx, nn
 
-from hikui.lowering.interpreter import Interpreter
-from hikui.lowering.passes_base import Calibration, Pass, PassContext
-from hikui.lowering.pipeline import Pipeline, parse_pipeline
-from hikui.lowering.printer import to_text
-from hikui.lowering.program import WEIGHT, ModelConfig, Program
-from hikui.lowering.store import WeightStore
+from hikui.lowering.ir.interpreter import Interpreter
+from hikui.lowering.ir.printer import to_text
+from hikui.lowering.ir.program import WEIGHT, ModelConfig, Program
+from hikui.lowering.ir.store import WeightStore
+from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext
+from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import tiny_model
 from hikui.passes import PASSES

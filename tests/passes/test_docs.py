@@ -8,12 +8,12 @@ from types import ModuleType
 import pytest
 import torch
 
-from hikui.lowering import recipe
-from hikui.lowering.driver import available_passes
+from hikui.lowering.app.lower import available_passes
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.passes_base import PassContext
-from hikui.lowering.pipeline import Pipeline
-from hikui.lowering.program import SITE
+from hikui.lowering.ir.program import SITE
+from hikui.lowering.pipeline import recipe
+from hikui.lowering.pipeline.contract import PassContext
+from hikui.lowering.pipeline.run import Pipeline
 from hikui.passes.graph import float_sites, weight_of
 from tests.passes.helpers import canonical, traced
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hikui.lowering import sizes
-from hikui.lowering.printer import to_text
-from hikui.lowering.program import Program
+from hikui.lowering.ir import sizes
+from hikui.lowering.ir.printer import to_text
+from hikui.lowering.ir.program import Program
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import FAMILIES
-from hikui.passes.explain import explain
 from hikui.passes.graph import aten, hikui
+from hikui.passes.rewrite.explain import explain
 
 from .helpers import assert_same, calibration, calls, lower, run, traced
 

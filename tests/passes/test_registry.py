@@ -8,8 +8,8 @@ import pytest
 
 import hikui.passes
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.passes_base import Pass
-from hikui.lowering.pipeline import parse_pipeline
+from hikui.lowering.pipeline.contract import Pass
+from hikui.lowering.pipeline.run import parse_pipeline
 from hikui.passes import ENTRY_POINTS, PASSES, available
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hikui.backends import toolchain
 from hikui.backends.kernels.cuda.build import NAME, MissingToolkitError, build_fatbin
-from hikui.lowering.target import Target
+from hikui.lowering.artefact.target import Target
 
 HEADER = Path(__file__).with_name("hikui_cuda.h")
 LIBRARY = "libhikui_cuda.so"

@@ -1,0 +1,1 @@
+"""The program that runs a TVM artefact on a board."""

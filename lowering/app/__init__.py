@@ -1,0 +1,1 @@
+"""What sees passes and backends: lowering, measuring, comparing and the command line."""

@@ -1,0 +1,224 @@
+"""Fills the folder of an artefact: what the backend builds, and everything that goes beside it."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hikui import __version__
+from hikui.lowering.artefact import manifest as artefacts
+from hikui.lowering.artefact import report, text
+from hikui.lowering.artefact.target import Target
+from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir import sizes
+from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.program import Program
+from hikui.lowering.ir.store import FileTensor
+from hikui.lowering.memory import give_back
+from hikui.lowering.pipeline.contract import Pass, Progress
+from hikui.lowering.pipeline.recipe import Recipe
+from hikui.lowering.pipeline.run import StepRecord
+
+if TYPE_CHECKING:
+    from hikui.lowering.artefact.backend import Backend
+
+_TOOLS = (
+    "apache-tvm", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript",
+    "safetensors", "scipy", "tokenizers", "torch", "transformers",
+)  # fmt: skip
+_ROOM = 64_000_000
+"""Bytes that libraries, tokenizer and the compilers' temporary files may take beside the weights."""
+
+_REFERENCE_PROMPT, _REFERENCE_STEPS = 6, 3
+_REFERENCE_TEXT = "Once upon a time there was a little house at the edge of a wood, and in it lived an old man."
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model after its recipe's passes, ready for any backend and target.
+
+    Attributes:
+        name: the model's, for reports.
+        recipe: what was asked for.
+        resolved: the same with every option of every pass spelled out, as YAML.
+        traced: the program before the passes.
+        origin: the float program in canonical form, or None where the recipe has no `canonicalise`.
+        program: the lowered program.
+        passes: as they ran.
+        records: what they did.
+        calibration: what they were calibrated on, for the manifest.
+        floats: the last program in which every site was still float: what the packed matrices stand for, transforms
+            such as rotations folded in; None where it was not kept.
+    """
+
+    name: str
+    recipe: Recipe
+    resolved: str
+    traced: Program
+    origin: Program | None
+    program: Program
+    passes: tuple[Pass, ...]
+    records: tuple[StepRecord, ...]
+    calibration: dict[str, str | int] | None
+    floats: Program | None = None
+
+
+def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
+    """Fills an empty folder; the manifest comes last.
+
+    Raises:
+        HikuiError: there is too little room, or the backend cannot build the program.
+    """
+    program, config = prepared.program, prepared.program.config
+    taken = sizes.measure(program)
+    require_room(directory, taken.total_bytes)
+    built = backend.build(program, target, directory, progress)
+    progress("reference numbers", 0, 1)
+    give_back()
+    reference_numbers(program).save(directory / artefacts.REFERENCE)
+    give_back()
+    progress("reference numbers", 1, 1)
+    if program.tokenizer is not None:
+        text.copy_tokenizer(program.tokenizer, directory / artefacts.TOKENIZER)
+    (directory / artefacts.RECIPE).write_text(prepared.resolved, "utf-8")
+    sites = report.site_reports(program, taken, prepared.origin, progress)
+    name, chosen = prepared.name, prepared.recipe
+    summary = {
+        "model": f"{name} ({config.architecture})",
+        "recipe": f"{chosen.name}: {chosen.description}" if chosen.description else chosen.name,
+        "backend": backend.name,
+        "target": f"{target.name} ({target.triple})",
+        "context": config.context_length,
+    }
+    report.write(
+        directory, title=f"{name}, {chosen.name}", summary=summary, sizes=taken, sites=sites, steps=prepared.records
+    )
+    progress("hashes", 0, 1)
+    files = artefacts.inventory(directory)
+    manifest = artefacts.Manifest(
+        schema_version=1,
+        backend=backend.name,
+        target=artefacts.TargetEntry(
+            name=target.name,
+            triple=target.triple,
+            isas=target.isas,
+            features=target.features,
+            emulator_cpu=target.emulator_cpu,
+        ),
+        model=artefacts.ModelEntry(
+            architecture=config.architecture,
+            context_length=config.context_length,
+            vocabulary=config.vocabulary,
+            layers=len(config.caches),
+            cache_format=config.cache_format,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=config.eos_token_ids,
+        ),
+        program=dict(built.entry),
+        requires=dict(built.requirements),
+        sites={
+            site.name: artefacts.SiteEntry(
+                format=site.format,
+                out_features=site.out_features,
+                in_features=site.in_features,
+                rank=site.rank,
+                bytes=site.bytes,
+                true_bits=site.true_bits,
+            )
+            for site in sites
+        },
+        sizes=artefacts.SizesEntry(
+            linear_bytes=taken.linear_bytes,
+            weight_bytes=taken.total_bytes,
+            total_bytes=sum(entry.bytes for entry in files.values()),
+            cache_bytes=config.cache_bytes,
+            true_bpw=round(taken.true_bpw, 6),
+        ),
+        metrics=_metrics(program, sites),
+        provenance=artefacts.Provenance(
+            hikui=__version__,
+            model=name,
+            checkpoint=checkpoint_hashes(prepared.traced),
+            recipe=chosen.name,
+            pipeline=",".join(map(str, prepared.passes)),
+            calibration=prepared.calibration,
+            toolchain=toolchain(),
+        ),
+        files=files,
+    )
+    (directory / artefacts.MANIFEST).write_text(manifest.to_json(), "utf-8")
+    progress("hashes", 1, 1)
+
+
+def require_room(directory: Path, weights: int) -> None:
+    """Checks before the long work that an artefact with so many bytes of weights fits; LLVM ends the process if not.
+
+    Raises:
+        HikuiError: there is too little room for it, or for what the compilers write meanwhile.
+    """
+    for place, need in ((directory, weights + _ROOM), (Path(gettempdir()), _ROOM)):
+        free = shutil.disk_usage(place).free
+        if free < need:
+            raise HikuiError(
+                f"{place} has room for {free / 1e6:.0f} MB, and {need / 1e6:.0f} MB are needed; make room or choose "
+                f"another {'-o' if place == directory else 'TMPDIR'}."
+            )
+
+
+def reference_numbers(program: Program) -> artefacts.Reference:
+    """What the lowered program gives in the interpreter for the start of a fixed sentence.
+
+    Plain text rather than arbitrary tokens, because models are calmer on what they know: fewer activations lie on the
+    edge between two roundings. Without a tokenizer the tokens are drawn with a fixed seed.
+    """
+    config = program.config
+    count = min(_REFERENCE_PROMPT + _REFERENCE_STEPS, config.context_length)
+    prompt = min(_REFERENCE_PROMPT, count)
+    tokens = np.random.default_rng(0).integers(0, config.vocabulary, count)
+    if program.tokenizer is not None:
+        start = [] if config.bos_token_id is None else [config.bos_token_id]
+        known = [*start, *text.TextCodec(program.tokenizer).encode(_REFERENCE_TEXT)][:count]
+        tokens[: len(known)] = known
+    runner = ReferenceRunner(program, keep_weights=False)
+    rows = [runner.forward(tokens[:prompt], 0)]
+    rows += [runner.forward(tokens[at : at + 1], at) for at in range(prompt, count)]
+    return artefacts.Reference(tokens, prompt, np.concatenate(rows))
+
+
+def checkpoint_hashes(program: Program) -> dict[str, str]:
+    """sha256 of the files that the weights of a freshly traced program are read from, and of their config, by name."""
+    paths = {path for key in program.store.keys() for path in _files(program.store.source(key))}
+    configs = {config for path in paths if (config := path.parent / "config.json").is_file()}
+    return {path.name: artefacts.sha256(path) for path in sorted(paths | configs)}
+
+
+def _files(source: Any) -> Iterable[Path]:
+    """The files behind a tensor source, however it is wrapped."""
+    if isinstance(source, FileTensor):
+        return (source.path,)
+    inner = (getattr(source, name, None) for name in ("source", "qzeros", "scales", "g_idx"))
+    return tuple(path for part in inner if part is not None for path in _files(part))
+
+
+def toolchain() -> dict[str, str]:
+    """Versions of the packages that decide what is written; build tags such as `+cpu` are left out."""
+    found = {}
+    for name in _TOOLS:
+        try:
+            found[name] = version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _metrics(program: Program, sites: Sequence[report.SiteReport]) -> dict[str, float]:
+    rounded = any("quantize" in str(node.target) for node in program.graph.nodes)
+    found = {artefacts.REFERENCE_TOLERANCE: ROUNDED_TOLERANCE if rounded else TOLERANCE}
+    errors = [site.weight_error for site in sites if site.weight_error is not None]
+    return {**found, "largest_weight_error": max(errors)} if errors else found

@@ -1,0 +1,73 @@
+"""`hikui lower`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hikui.lowering.app.cli import options
+from hikui.lowering.app.cli.console import announce, emit, progress, size
+
+
+def lower(
+    model: options.Model,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The artefact's folder; it is whole or absent.", metavar="DIR")
+    ],
+    recipe: Annotated[str, typer.Option(help="A shipped recipe or a file.", metavar="FILE_OR_NAME")] = "int4",
+    target: Annotated[str, typer.Option(help="What it is for; `hikui targets` lists them.")] = "host",
+    backend: Annotated[str, typer.Option(help="tvm or onnxruntime.")] = "tvm",
+    calibration: options.CalibrationText = None,
+    context: options.Context = None,
+    target_bpw: options.TargetBpw = None,
+    tokenizer: options.TokenizerFolder = None,
+    debug_dump: options.DumpFolder = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Start anew, and keep nothing to go on from after a kill.")
+    ] = False,
+    memory: options.Memory = None,
+    jobs: options.JobCount = 1,
+    engine: options.Engine = "processes",
+    as_json: options.Json = False,
+) -> None:
+    """Lower a model to an artefact."""
+    from hikui.lowering.app import lower as driver
+    from hikui.lowering.engine.jobs import Jobs
+
+    spread = Jobs(jobs, engine)
+    with progress() as step:
+        artefact = driver.lower(
+            model,
+            output,
+            recipe=recipe,
+            target=target,
+            backend=backend,
+            calibration=calibration,
+            context=context,
+            target_bpw=target_bpw,
+            tokenizer=tokenizer,
+            debug_dump=debug_dump,
+            resume=not no_resume,
+            memory=options.nbytes(memory),
+            jobs=spread,
+            progress=step,
+            announce=announce,
+        )
+    manifest = artefact.manifest
+    sizes = manifest.sizes
+    if as_json:
+        emit(
+            {
+                "directory": str(output),
+                "backend": manifest.backend,
+                "target": manifest.target.name,
+                "recipe": manifest.provenance.recipe,
+                **sizes.model_dump(),
+                "peak_memory_bytes": driver.peak_memory(),
+            }
+        )
+        return
+    typer.echo(
+        f"{output}: {manifest.backend} for {manifest.target.name}, {sizes.true_bpw:.3f} bits per weight "
+        f"({size(sizes.linear_bytes)} of linear sites), {size(sizes.total_bytes)} in all"
+    )

@@ -1,0 +1,94 @@
+"""`hikui run`, `hikui verify` and `hikui inspect`: what is done with an artefact."""
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+
+from hikui.lowering.app.cli import options
+from hikui.lowering.app.cli.console import emit, size, table
+
+
+def run(
+    directory: options.ArtefactFolder,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token, more draws.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False,
+    as_json: options.Json = False,
+    emulate: options.Emulate = False,
+) -> None:
+    """Generate text with an artefact."""
+    from hikui.lowering.app.runners import load
+    from hikui.lowering.artefact.generate import Sampling
+
+    sampling = Sampling(temperature, top_k, seed)
+    with load(directory, emulate=emulate) as model:
+        text, result = model.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+    if as_json:
+        emit(
+            {
+                "prompt": prompt,
+                "tokens": result.tokens,
+                "text": text,
+                "first_token_seconds": result.first_token_seconds,
+                "tokens_per_second": result.tokens_per_second,
+            }
+        )
+        return
+    typer.echo(prompt + text)
+
+
+def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emulate: options.Emulate = False) -> None:
+    """Check an artefact: files, libraries, this machine's features, and the numbers that it gives."""
+    from hikui.lowering.app.runners import is_foreign, open_runner
+    from hikui.lowering.artefact import verify as checks
+    from hikui.lowering.artefact.manifest import Artefact
+
+    artefact = Artefact.load(directory)
+    done = [checks.check_files(artefact), checks.check_libraries(artefact)]
+    if is_foreign(artefact) and not emulate:
+        triple = artefact.manifest.target.triple
+        done.append(
+            checks.Check("numbers", None, f"not checked: it is for {triple}; --emulate runs it under qemu-user")
+        )
+    else:
+        done.append(checks.check_numbers(artefact, lambda: open_runner(artefact, emulate=emulate)))
+    if as_json:
+        emit([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in done])
+        return
+    for check in done:
+        typer.echo(f"{'--' if check.passed is None else 'ok'}  {check.name:<10} {check.detail}")
+
+
+def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) -> None:
+    """Show what an artefact holds: model, target, sizes, bits of each site."""
+    from hikui.lowering.artefact.manifest import read_manifest
+
+    manifest = read_manifest(directory)
+    if as_json:
+        emit(manifest.model_dump(mode="json", by_alias=True))
+        return
+    model, sizes, made = manifest.model, manifest.sizes, manifest.provenance
+    typer.echo(f"{made.model} ({model.architecture}), context {model.context_length}, vocabulary {model.vocabulary}")
+    typer.echo(
+        f"{manifest.backend} for {manifest.target.name} ({manifest.target.triple}, {', '.join(manifest.target.isas)})"
+    )
+    typer.echo(f"recipe {made.recipe}: {made.pipeline}")
+    needs = [*manifest.target.features, *(f"{name} {least}" for name, least in sorted(manifest.requires.items()))]
+    typer.echo(f"needs {', '.join(needs)}")
+    typer.echo(
+        f"{sizes.true_bpw:.3f} bits per weight; {size(sizes.linear_bytes)} of linear sites, "
+        f"{size(sizes.weight_bytes)} of weights, {size(sizes.total_bytes)} in {len(manifest.files)} files"
+    )
+    if sizes.cache_bytes is not None:
+        typer.echo(f"key-value cache of {size(sizes.cache_bytes)} in {model.cache_format}")
+    for name, count in sorted(Counter(site.format for site in manifest.sites.values()).items()):
+        typer.echo(f"{count} sites of {name}")
+    rows = [
+        (name, site.format, f"{site.out_features}×{site.in_features}", site.rank or "", f"{site.true_bits:.3f}")
+        for name, site in manifest.sites.items()
+    ]
+    table(rows, ("site", "format", "shape", "rank", "bits"))

@@ -1,0 +1,1 @@
+"""Several recipes or artefacts beside each other, over calibration seeds."""

@@ -1,0 +1,249 @@
+"""The artefact: a folder that a board can run, and the manifest that says what is in it.
+
+Reading needs no torch, so that a runner starts quickly. docs/architecture.md shows the layout.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from hikui.lowering.artefact.text import TextCodec
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.cache_shape import FLOAT_CACHE
+
+MANIFEST = "manifest.json"
+RECIPE = "recipe.resolved.yaml"
+REFERENCE = "reference.safetensors"
+TOKENIZER = "tokenizer"
+REFERENCE_TOLERANCE = "reference_tolerance"
+"""Name of the metric that says how far a runner's logits may be from the reference's, relative to the largest one."""
+
+SCHEMA_VERSION = 1
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileEntry(_Entry):
+    """A file of the artefact."""
+
+    bytes: int
+    sha256: str
+
+
+class TargetEntry(_Entry):
+    """What the artefact was made for."""
+
+    name: str
+    triple: str
+    isas: tuple[str, ...] = Field(description="kernel variants inside, best last")
+    features: tuple[str, ...] = Field(description="what the CPU must offer, as /proc/cpuinfo names it")
+    emulator_cpu: str | None
+
+
+class ModelEntry(_Entry):
+    """What a runner must know of the model."""
+
+    architecture: str
+    context_length: int
+    vocabulary: int
+    layers: int
+    cache_format: str = Field(default=FLOAT_CACHE, description="how keys and values are stored")
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+class SiteEntry(_Entry):
+    """One row of the bit map."""
+
+    format: str
+    out_features: int
+    in_features: int
+    rank: int = Field(description="of the low-rank branch inside the site's op, 0 for none")
+    bytes: int
+    true_bits: float
+
+
+class SizesEntry(_Entry):
+    """Bytes; scales, padding and branches are counted."""
+
+    linear_bytes: int
+    weight_bytes: int = Field(description="every weight once: linear sites, embeddings, norms, biases")
+    total_bytes: int = Field(description="every file of the artefact but the manifest")
+    cache_bytes: int | None = Field(default=None, description="of a full key-value cache; not part of any file")
+    true_bpw: float = Field(description="bits per weight over the linear sites, the head among them")
+
+
+class Provenance(_Entry):
+    """Where the artefact comes from: what to repeat to get the same bytes."""
+
+    hikui: str
+    model: str
+    checkpoint: dict[str, str] = Field(description="sha256 of the checkpoint's files, by name")
+    recipe: str
+    pipeline: str
+    calibration: dict[str, str | int] | None
+    toolchain: dict[str, str]
+
+
+class Manifest(_Entry):
+    """manifest.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    schema_version: Literal[1] = Field(validation_alias="schema", serialization_alias="schema")
+    backend: str
+    target: TargetEntry
+    model: ModelEntry
+    program: dict[str, Any] = Field(description="what the backend's runner must know")
+    requires: dict[str, str] = Field(description="what the board must offer beside the CPU features")
+    sites: dict[str, SiteEntry]
+    sizes: SizesEntry
+    metrics: dict[str, float]
+    provenance: Provenance
+    files: dict[str, FileEntry]
+
+    def to_json(self) -> str:
+        """Sorted and indented, the same for the same content."""
+        content = self.model_dump(mode="json", by_alias=True)
+        return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Numbers that a runner must give: `tokens` [T], of which the first `prompt` go in at once and the others singly.
+
+    Attributes:
+        logits: float32 [T, V], from the interpreter of the lowered program.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    prompt: int
+    logits: npt.NDArray[np.float32]
+
+    def save(self, path: Path) -> None:
+        """Writes a safetensors file."""
+        path.write_bytes(save({"logits": self.logits, "prompt": np.array([self.prompt]), "tokens": self.tokens}))
+
+    @staticmethod
+    def load(path: Path) -> "Reference":
+        """Reads what `save` wrote.
+
+        Raises:
+            HikuiError: the file is damaged.
+        """
+        try:
+            tensors = load_file(path)
+            return Reference(tensors["tokens"], int(tensors["prompt"][0]), tensors["logits"])
+        except (SafetensorError, KeyError, OSError) as error:
+            raise HikuiError(f"{path} is damaged ({error}); lower the model again.") from None
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An artefact on disk."""
+
+    directory: Path
+    manifest: Manifest
+
+    @staticmethod
+    def load(directory: str | Path) -> "Artefact":
+        """Reads the manifest and checks that every file is there with its size; `verify` reads the files themselves.
+
+        Raises:
+            HikuiError: this is no artefact, one of another schema, or one that lacks something.
+        """
+        directory = Path(directory)
+        artefact = Artefact(directory, read_manifest(directory))
+        for name, entry in sorted(artefact.manifest.files.items()):
+            path = directory / name
+            if not path.is_file():
+                raise HikuiError(f"{path} is missing from the artefact; copy the whole folder again.")
+            if path.stat().st_size != entry.bytes:
+                raise HikuiError(
+                    f"{path} has {path.stat().st_size} bytes, {entry.bytes} in the manifest; copy the folder again."
+                )
+        return artefact
+
+    def codec(self) -> TextCodec:
+        """The model's tokenizer."""
+        return TextCodec(self.directory / TOKENIZER)
+
+    def reference(self) -> Reference:
+        """The numbers that a runner must give."""
+        return Reference.load(self.directory / REFERENCE)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, after BOS where the model has one."""
+        bos = self.manifest.model.bos_token_id
+        return [*([] if bos is None else [bos]), *self.codec().encode(text)]
+
+
+def is_artefact(path: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (path / MANIFEST).is_file()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Reads manifest.json.
+
+    Raises:
+        HikuiError: there is none, or it is damaged or of another schema version.
+    """
+    path = directory / MANIFEST
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise HikuiError(f"{directory} is not an artefact: it has no {MANIFEST}; `hikui lower` makes one.") from None
+    except OSError as error:
+        raise HikuiError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise HikuiError(f"{path} is damaged: it is not JSON; copy the folder again.") from None
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA_VERSION:
+        raise HikuiError(
+            f"{path} has schema version {found}, but this hikui reads {SCHEMA_VERSION}; lower the model again, or use "
+            "the hikui that made it."
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise HikuiError(f"{path} is damaged at '{where}': {first['msg']}; copy the folder again.") from None
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inventory(directory: Path) -> dict[str, FileEntry]:
+    """Every file under a folder but the manifest, with forward slashes, sorted.
+
+    Raises:
+        HikuiError: a link, or something else that is not a file.
+    """
+    entries: dict[str, FileEntry] = {}
+    for path in sorted(_walk(directory)):
+        name = path.relative_to(directory).as_posix()
+        if path.is_symlink() or not path.is_file():
+            raise HikuiError(f"{path} is not a plain file; an artefact holds plain files only.")
+        if name != MANIFEST:
+            entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
+    return entries
+
+
+def _walk(directory: Path) -> Iterable[Path]:
+    return (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())

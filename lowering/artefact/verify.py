@@ -1,0 +1,134 @@
+"""Checks an artefact: its files, where its libraries can run, what the machine offers, and the numbers it gives."""
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from hikui.lowering.artefact import target as targets
+from hikui.lowering.artefact.elf import is_elf, read_elf, version
+from hikui.lowering.artefact.generate import Runner
+from hikui.lowering.artefact.manifest import MANIFEST, REFERENCE_TOLERANCE, Artefact, Reference, inventory
+from hikui.lowering.errors import HikuiError
+
+TOLERANCE = 1e-3
+"""Largest difference of a logit from the interpreter's, relative to the largest logit, where activations are floats."""
+
+ROUNDED_TOLERANCE = 5e-2
+"""The same where activations are rounded to integers: the last bit of a sum can round one of them the other way, and
+that alone moves logits by a percent or so; a wrong kernel moves them by far more than this."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked and how it came out; `passed` is None where it could not be checked here."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+def check_files(artefact: Artefact) -> Check:
+    """Every file has its hash, and there is no other.
+
+    Raises:
+        HikuiError: the first file that is not as the manifest says.
+    """
+    found, due = inventory(artefact.directory), artefact.manifest.files
+    for name in sorted(due.keys() | found.keys()):
+        path = artefact.directory / name
+        if name not in found:
+            raise HikuiError(f"{path} is missing from the artefact; copy the whole folder again.")
+        if name not in due:
+            raise HikuiError(f"{path} is not listed in {MANIFEST}; remove it, or lower the model again.")
+        if found[name].sha256 != due[name].sha256:
+            raise HikuiError(f"{path} is damaged: its sha256 is not the manifest's; copy the folder again.")
+    return Check("files", True, f"{len(due)} files as the manifest lists them")
+
+
+def check_libraries(artefact: Artefact) -> Check:
+    """Every library and program is of the target's architecture and asks for no newer glibc than the manifest says.
+
+    Raises:
+        HikuiError: the first that is not.
+    """
+    triple = artefact.manifest.target.triple
+    floor = artefact.manifest.requires.get("glibc")
+    count = 0
+    newest: tuple[int, ...] = (0,)
+    for name in artefact.manifest.files:
+        path = artefact.directory / name
+        if not is_elf(path):
+            continue
+        found = read_elf(path)
+        if found.triple != triple:
+            raise HikuiError(f"{path} is for {found.triple}, but the artefact is for {triple}; lower the model again.")
+        if floor is not None and found.glibc() > version(floor):
+            asked = ".".join(map(str, found.glibc()))
+            raise HikuiError(f"{path} needs glibc {asked}, but the manifest promises {floor}; lower the model again.")
+        count, newest = count + 1, max(newest, found.glibc())
+    return Check("libraries", True, f"{count} for {triple}, glibc {'.'.join(map(str, newest))} or later")
+
+
+def require_machine(artefact: Artefact) -> None:
+    """Checks that this machine can run the artefact.
+
+    Raises:
+        HikuiError: it is another architecture, its CPU lacks a feature, or its glibc is too old.
+    """
+    target = artefact.manifest.target
+    if target.triple != targets.machine_triple():
+        raise HikuiError(
+            f"The artefact is for {target.triple} ({target.name}), but this machine is {targets.machine_triple()}; "
+            "run it on such a board, or here with --emulate."
+        )
+    missing = sorted(set(target.features) - targets.cpu_features())
+    if missing:
+        raise HikuiError(
+            f"This machine's CPU lacks {', '.join(missing)}, which the artefact for {target.name} needs; lower the "
+            "model for a target that this CPU fits (`hikui targets`)."
+        )
+    library, found = platform.libc_ver()
+    floor = artefact.manifest.requires.get("glibc")
+    if floor is not None and library == "glibc" and version(found) < version(floor):
+        raise HikuiError(f"This machine has glibc {found}, but the artefact needs {floor} or later.")
+
+
+def logits(runner: Runner, reference: Reference) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """What a runner gives for the reference's tokens: float32 [T, V]."""
+    runner.reset()
+    rows = [runner.forward(reference.tokens[: reference.prompt], 0)]
+    for at in range(reference.prompt, reference.tokens.size):
+        rows.append(runner.forward(reference.tokens[at : at + 1], at))
+    return np.concatenate(rows)
+
+
+def difference(got: np.ndarray[tuple[int, ...], np.dtype[np.float32]], reference: Reference) -> float:
+    """Largest absolute difference of two sets of logits, relative to the largest absolute logit of the reference."""
+    return float(np.abs(got - reference.logits).max() / np.abs(reference.logits).max())
+
+
+def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner]) -> Check:
+    """The runner gives the reference's logits.
+
+    Raises:
+        HikuiError: it gives others.
+    """
+    reference = artefact.reference()
+    runner = open_runner()
+    try:
+        got = logits(runner, reference)
+    finally:
+        runner.close()
+    error = difference(got, reference) if got.shape == reference.logits.shape else float("inf")
+    # Written so that a NaN fails.
+    allowed = artefact.manifest.metrics[REFERENCE_TOLERANCE]
+    if not error <= allowed:
+        raise HikuiError(
+            f"{artefact.directory} gives other numbers than it should: its logits differ by {error:.2g} of the largest "
+            f"({allowed:g} is allowed); lower the model again, and report it if that does not help."
+        )
+    return Check(
+        "numbers", True, f"{reference.tokens.size} positions, largest difference {error:.1e} of the largest logit"
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints on disk, float or quantised already, read tensor by tensor."""

@@ -1,0 +1,343 @@
+"""Reads a Hugging Face checkpoint folder without loading it: one lazy source a tensor.
+
+Safetensors headers are parsed here rather than by the library because a damaged file must be described by its sizes,
+and because a tensor is read by offset, so that neither a mapping nor a handle stays open.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hikui.lowering.checkpoint.quantised import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
+from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix, TransposedMatrix
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, WeightStore
+
+_SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16,
+    "BOOL": torch.bool,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
+_HEADER_LIMIT = 100_000_000
+"""The safetensors format allows no longer header."""
+
+_PIECE_BYTES = 1 << 24
+"""What a scan over a tensor reads at a time."""
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True)
+class Float32Tensor:
+    """A source whose floating-point values are given as float32, as the graph has them."""
+
+    source: TensorSource
+
+    @property
+    def info(self) -> TensorInfo:
+        inner = self.source.info
+        return TensorInfo(torch.float32 if inner.dtype.is_floating_point else inner.dtype, inner.shape)
+
+    def load(self) -> Tensor:
+        return self.source.load().to(self.info.dtype)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint folder.
+
+    Attributes:
+        folder: where it is.
+        config: config.json.
+        tensors: where each tensor lies, by its name in the checkpoint; a matrix that GPTQ or AWQ has quantised goes by
+            the name that it would have as floats.
+        quantisation: what the checkpoint says of its quantisation, if it is quantised.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, FileTensor | QuantisedMatrix]
+    quantisation: Quantisation | None = None
+
+    @staticmethod
+    def open(folder: Path) -> "Checkpoint":
+        """Reads the config and the headers of all weight files.
+
+        Raises:
+            HikuiError: The folder, its config or a weight file is missing, truncated or malformed, or the checkpoint is
+                quantised in a way that is not read.
+        """
+        if not folder.is_dir():
+            raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
+        if not (folder / "config.json").is_file():
+            raise HikuiError(f"{folder} is no checkpoint: it has no config.json.")
+        config = _read_json(folder / "config.json")
+        if (folder / _INDEX).is_file():
+            tensors = _read_index(folder / _INDEX, read_safetensors)
+        elif (folder / _SINGLE).is_file():
+            tensors = read_safetensors(folder / _SINGLE)
+        elif (folder / _PICKLE_INDEX).is_file():
+            tensors = _read_index(folder / _PICKLE_INDEX, read_pickle)
+        elif (folder / _PICKLE).is_file():
+            tensors = read_pickle(folder / _PICKLE)
+        elif (named := _single_file_of_other_name(folder)) is not None:
+            tensors = read_safetensors(named)
+        else:
+            raise HikuiError(f"{folder} has no weights: none of {_SINGLE}, {_INDEX}, {_PICKLE} is there.")
+        quantisation = _quantisation(folder, config, tensors)
+        floats = tensors if quantisation is None else with_floats(quantisation, tensors)
+        return Checkpoint(folder, config, floats, quantisation)
+
+    def generation_config(self) -> Mapping[str, Any]:
+        """generation_config.json, or nothing where the folder has none."""
+        path = self.folder / "generation_config.json"
+        return _read_json(path) if path.is_file() else {}
+
+    def tokenizer_folder(self) -> Path | None:
+        """The folder, if it holds a tokenizer."""
+        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+        return self.folder if any((self.folder / name).is_file() for name in names) else None
+
+    def find(self, names: Sequence[str], base_prefix: str) -> str | None:
+        """The checkpoint's key for a module parameter.
+
+        Args:
+            names: The parameter's names in the module (several for a tied one), the preferred first.
+            base_prefix: Name of the base model inside the causal LM ("model", "transformer"); a checkpoint of the bare
+                base model lacks it, one of an outer model may add it.
+        """
+        prefix = base_prefix + "."
+        for name in names:
+            for key in (name, name.removeprefix(prefix), prefix + name):
+                if key in self.tensors:
+                    return key
+        return None
+
+    def source(self, key: str, name: str, shape: tuple[int, ...], *, transposed: bool = False) -> TensorSource:
+        """The tensor of that key, floating point as float32, for the parameter `name` of the module.
+
+        Args:
+            key: one of `tensors`.
+            name: of the parameter, for messages.
+            shape: of the parameter.
+            transposed: the module keeps its matrices as [K, N], which quantised ones never are.
+
+        Raises:
+            HikuiError: Its shape is not the module's.
+        """
+        tensor = self.tensors[key]
+        given: TensorSource = tensor
+        if isinstance(tensor, QuantisedMatrix) and transposed:
+            given = TransposedMatrix(tensor)
+        if given.info.shape != shape:
+            raise HikuiError(
+                f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by config.json {name} "
+                f"must have {list(shape)}; the config belongs to another checkpoint."
+            )
+        if isinstance(tensor, QuantisedMatrix):
+            return given
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            return FileTensor(tensor.path, tensor.offset, tensor.dtype, tensor.shape, widen=True)
+        return Float32Tensor(tensor) if tensor.dtype == torch.float64 else tensor
+
+    def identical(self, first: str, second: str) -> bool:
+        """Whether two tensors hold the same values, compared piece by piece."""
+        a, b = self.tensors[first], self.tensors[second]
+        if a.info != b.info:
+            return False
+        return all(torch.equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def _single_file_of_other_name(folder: Path) -> Path | None:
+    """The weights of an older quantised folder, which name the method and its options (`gptq_model-4bit-128g`)."""
+    files = sorted(folder.glob("*.safetensors"))
+    sided = any((folder / name).is_file() for name in SIDE_FILES)
+    return files[0] if sided and len(files) == 1 else None
+
+
+def _quantisation(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, FileTensor]) -> Quantisation | None:
+    """What config.json, or a file beside it in older folders, says of the quantisation."""
+    if config.get(CONFIG_KEY) is not None:
+        return parse_quantisation(config[CONFIG_KEY], folder / "config.json")
+    if any(key.endswith(".qweight") for key in tensors):
+        for name, method in SIDE_FILES.items():
+            if (folder / name).is_file():
+                return parse_quantisation(_read_json(folder / name), folder / name, method)
+        raise HikuiError(
+            f"{folder} holds quantised tensors (.qweight), but neither {CONFIG_KEY} in config.json nor any of "
+            f"{', '.join(SIDE_FILES)} says how; fetch the missing file."
+        )
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HikuiError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise HikuiError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise HikuiError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> dict[str, FileTensor]:
+    """Reads the shards that an index names."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise HikuiError(f"{path} has no usable 'weight_map'.")
+    shards: dict[str, dict[str, FileTensor]] = {}
+    for file in sorted(set(weight_map.values())):
+        shard = path.parent / file
+        if Path(file).name != file or not shard.is_file():
+            raise HikuiError(f"{path.name} names the shard {file}, which is not in {path.parent}; fetch it again.")
+        shards[file] = reader(shard)
+    tensors = {}
+    for key, file in sorted(weight_map.items()):
+        if key not in shards[file]:
+            raise HikuiError(f"{path.name} places the tensor '{key}' in {file}, which does not hold it.")
+        tensors[key] = shards[file][key]
+    return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, FileTensor]:
+    """Parses the header of a safetensors file.
+
+    Format: https://github.com/huggingface/safetensors#format.
+
+    Returns:
+        Where each tensor lies; nothing of the data is read.
+
+    Raises:
+        HikuiError: The file is truncated or malformed, or has a dtype that is not supported.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            text = file.read(min(length, size, _HEADER_LIMIT))
+    except OSError as error:
+        raise HikuiError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(head) < 8:
+        raise HikuiError(f"{path} is truncated: {size} bytes do not hold a safetensors header; fetch it again.")
+    if length > _HEADER_LIMIT:
+        raise HikuiError(f"{path} is no safetensors file: it claims a header of {length} bytes.")
+    if len(text) < length:
+        raise HikuiError(f"{path} is truncated: its header alone takes {8 + length} bytes, the file has {size}.")
+    try:
+        header = json.loads(text)
+        entries = {key: entry for key, entry in sorted(header.items()) if key != "__metadata__"}
+    except (ValueError, AttributeError) as error:
+        raise HikuiError(f"{path} is corrupt: its safetensors header is not a JSON object.") from error
+    tensors = {key: _entry(path, key, entry, 8 + length) for key, entry in entries.items()}
+    expected = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
+    if size < expected:
+        raise HikuiError(f"{path} is truncated: {expected} bytes are expected, {size} found; fetch it again.")
+    if size > expected:
+        raise HikuiError(f"{path} is corrupt: {expected} bytes are expected, {size} found.")
+    return tensors
+
+
+def _entry(path: Path, key: str, entry: Any, start: int) -> FileTensor:
+    try:
+        name, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
+        begin, end = int(begin), int(end)
+    except (KeyError, TypeError, ValueError) as error:
+        raise HikuiError(f"{path} is corrupt: the header entry of '{key}' is malformed.") from error
+    if name not in _SAFETENSORS_DTYPES:
+        raise HikuiError(f"The tensor '{key}' in {path} has dtype {name}; hikui reads float and plain integer tensors.")
+    dtype = _SAFETENSORS_DTYPES[name]
+    need = math.prod(shape) * dtype.itemsize
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != need:
+        raise HikuiError(
+            f"{path} is corrupt: '{key}' ({name} {list(shape)}) takes {need} bytes, its header says {end - begin}."
+        )
+    return FileTensor(path, start + begin, dtype, shape)
+
+
+def read_pickle(path: Path) -> dict[str, FileTensor]:
+    """Finds the tensors inside a `torch.save` file, without running code from it or loading its data.
+
+    Raises:
+        HikuiError: The file is damaged, older than torch 1.6's zip format, or holds something else than tensors.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    try:
+        # Under a fake mode torch.load builds no storages and notes where each one starts in the file.
+        with FakeTensorMode():
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for one kind of damage
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise HikuiError(f"{path} cannot be read ({reason}); fetch it again or convert it to safetensors.") from error
+    if not isinstance(content, dict):
+        raise HikuiError(f"{path} holds a {type(content).__name__}, not named tensors.")
+    size = path.stat().st_size
+    tensors = {}
+    for key, value in sorted(content.items()):
+        if not isinstance(value, Tensor):
+            continue
+        base = getattr(value.untyped_storage(), "_checkpoint_offset", None)
+        if base is None or not value.is_contiguous():
+            raise HikuiError(f"The tensor '{key}' in {path} is not stored in one piece; convert it to safetensors.")
+        offset = base + value.storage_offset() * value.dtype.itemsize
+        tensors[key] = FileTensor(path, offset, value.dtype, tuple(value.shape))
+        if offset + tensors[key].nbytes > size:
+            raise HikuiError(f"{path} is truncated: '{key}' ends at byte {offset + tensors[key].nbytes} of {size}.")
+    return tensors
+
+
+def _pieces(source: TensorSource) -> Iterator[Tensor]:
+    """The values of a tensor, flat, in small pieces where it lies in a file."""
+    if isinstance(source, Float32Tensor):
+        yield from _pieces(source.source)
+    elif isinstance(source, FileTensor):
+        step, count = _PIECE_BYTES // source.dtype.itemsize, math.prod(source.shape)
+        for start in range(0, count, step):
+            offset = source.offset + start * source.dtype.itemsize
+            yield FileTensor(source.path, offset, source.dtype, (min(step, count - start),)).load()
+    elif isinstance(source, RowSource):
+        count, width = source.info.shape[0], math.prod(source.info.shape[1:])
+        step = max(1, _PIECE_BYTES // max(1, width * source.info.dtype.itemsize))
+        for start in range(0, count, step):
+            yield source.rows(start, min(start + step, count)).load().flatten()
+    else:
+        yield source.load().flatten()
+
+
+def check_finite(store: WeightStore) -> None:
+    """Looks for NaN and infinity in every floating-point tensor, piece by piece.
+
+    Raises:
+        HikuiError: Names the first tensor that has one, with the count.
+    """
+    for key in store.keys():
+        if not store.info(key).dtype.is_floating_point:
+            continue
+        nan = infinite = 0
+        for piece in _pieces(store.source(key)):
+            if not torch.isfinite(piece).all():
+                nan += int(piece.isnan().sum())
+                infinite += int(piece.isinf().sum())
+        if nan or infinite:
+            raise HikuiError(
+                f"The tensor '{key}' holds {nan} NaN and {infinite} infinite values; the checkpoint is damaged or the "
+                "training diverged."
+            )

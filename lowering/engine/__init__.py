@@ -1,0 +1,1 @@
+"""What runs work: texts through a program, threads, processes, and finished work on disk."""

@@ -1,0 +1,1 @@
+"""How good a program is: text, tasks, and the error of each layer."""

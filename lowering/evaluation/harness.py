@@ -1,0 +1,290 @@
+"""Zero-shot tasks through lm-eval (EleutherAI's lm-evaluation-harness), from local files alone.
+
+A task is a file of JSON lines, or one of lm-eval's own YAML configurations that names local data. Nothing is fetched.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hikui.lowering.artefact.generate import Runner
+from hikui.lowering.artefact.text import TextCodec
+from hikui.lowering.errors import UsageError
+from hikui.lowering.evaluation.quality import Progress
+from hikui.lowering.pipeline.contract import no_progress
+
+BOOTSTRAP = 1000
+"""Draws for the standard error of what has no closed form, such as a perplexity."""
+
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "DISABLE_MULTIPROC": "1"}
+_FORMS = "'context', 'choices' and 'label', or 'context' and 'target', or 'text', whose last word is the target"
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task as it lies on disk.
+
+    Attributes:
+        rows: of a JSON-lines file, in one form; None for a YAML configuration, which lm-eval reads itself.
+        choices: whether the rows offer choices, rather than one target to predict.
+    """
+
+    path: Path
+    rows: tuple[dict[str, Any], ...] | None = None
+    choices: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric with its standard error, as lm-eval gives them; None where it gives none."""
+
+    value: float
+    error: float | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A task's metrics by name, over so many documents."""
+
+    name: str
+    documents: int
+    figures: dict[str, Figure]
+
+
+@dataclass(frozen=True)
+class HarnessReport:
+    """What the tasks gave.
+
+    Attributes:
+        prefix: what stood before each request, in words.
+        truncated: requests that lost tokens on their left, to fit the context.
+    """
+
+    tasks: tuple[TaskScore, ...]
+    prefix: str
+    truncated: int
+
+
+def read_tasks(names: Sequence[str]) -> list[TaskFile]:
+    """The tasks of files and folders; a folder stands for its .jsonl and .yaml files.
+
+    Raises:
+        UsageError: a file is missing or is no task, or two tasks have one name; the sentence names the file and line.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("Tasks need lm-eval; install hikui[eval].")
+    files: list[TaskFile] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(entry for entry in path.iterdir() if entry.suffix in (".jsonl", ".yaml"))
+            if not found:
+                raise UsageError(f"The folder {path} holds no task; tasks are .jsonl and .yaml files.")
+            files += [_read(entry) for entry in found]
+        elif path.is_file():
+            files.append(_read(path))
+        else:
+            raise UsageError(f"There is no task {path}; give a .jsonl or .yaml file, or a folder of them.")
+    stems = [file.path.stem for file in files]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise UsageError(f"Two tasks are called {twice}; rename one of the files.")
+    return files
+
+
+def _read(path: Path) -> TaskFile:
+    if path.suffix == ".yaml":
+        return TaskFile(path)
+    if path.suffix != ".jsonl":
+        raise UsageError(f"{path} is no task: tasks are .jsonl and .yaml files.")
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The task {path} cannot be read: {error}.") from None
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise UsageError(f"The task {path} is empty; a row has {_FORMS}.")
+    choices = "choices" in rows[0]
+    other = next((index for index, row in enumerate(rows) if ("choices" in row) != choices), None)
+    if other is not None:
+        raise UsageError(f"The task {path} mixes rows with choices and rows with a target; make two files of it.")
+    return TaskFile(path, tuple(rows), choices)
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    """One row in the form that the task's configuration reads."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{where}: this is not JSON: {error}.") from None
+    fields = row if isinstance(row, dict) else {}
+    context, choices, label, target = (fields.get(key) for key in ("context", "choices", "label", "target"))
+    if context is None and choices is None and isinstance(fields.get("text"), str):
+        context, _, last = fields["text"].rstrip().rpartition(" ")
+        target = f" {last}"
+    if isinstance(context, str) and isinstance(choices, list):
+        if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+            raise UsageError(f"{where}: 'choices' is a list of two texts or more.")
+        if type(label) is not int or not 0 <= label < len(choices):
+            raise UsageError(f"{where}: 'label' is the position of the right choice, 0 to {len(choices) - 1}.")
+        spaced = any(choice[0].isspace() for choice in choices)
+        return {"context": _spaced(context, spaced), "choices": choices, "label": label}
+    if isinstance(context, str) and isinstance(target, str) and target.strip():
+        return {"context": _spaced(context, target[0].isspace()), "target": target}
+    known = ", ".join(map(repr, fields)) or "no fields"
+    raise UsageError(f"{where}: this row has {known}; a task's row has {_FORMS}.")
+
+
+def _spaced(context: str, already: bool) -> str:
+    """A context with the space that parts it from what follows, where there is a context and none stands there yet."""
+    return context if already or not context or context[-1].isspace() else f"{context} "
+
+
+def run_tasks(
+    runner: Runner,
+    codec: TextCodec,
+    files: Sequence[TaskFile],
+    *,
+    bos: int | None,
+    eos: Sequence[int],
+    limit: int | None = None,
+    progress: Progress = no_progress,
+) -> HarnessReport:
+    """Runs tasks without examples in the context, as `num_fewshot: 0` does; a YAML configuration may say otherwise.
+
+    Args:
+        runner: the model.
+        codec: its tokenizer.
+        files: as `read_tasks` gives them.
+        bos: token before every request, or None.
+        eos: tokens that end a text.
+        limit: only the first so many documents of each task.
+        progress: called with how many requests are done.
+
+    Raises:
+        UsageError: a YAML configuration is not one, or names data that is not local.
+        HikuiError: a request does not fit the model's context, or logits are not finite.
+    """
+    with _offline() as cache, _quiet():
+        import datasets
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.evaluator import evaluate
+
+        from hikui.lowering.evaluation.harness_model import HarnessModel
+
+        # Read from the environment when it was first imported, which may be long ago.
+        datasets.config.HF_DATASETS_CACHE = cache
+        datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        tasks: dict[str, Any] = {}
+        for file in files:
+            found = _configured(file) if file.rows is None else [ConfigurableTask(config=_configuration(file))]
+            for task in found:
+                if task.get_config("num_fewshot") is None:
+                    task.set_config("num_fewshot", 0)
+                task.set_fewshot_seed(seed=0)
+                tasks[task.task_name] = task
+        model = HarnessModel(runner, codec, bos=bos, eos=eos, progress=progress)
+        results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+    scores = tuple(_score(name, found) for name, found in results["results"].items())
+    return HarnessReport(scores, model.prefix, model.truncated)
+
+
+def _configuration(file: TaskFile) -> dict[str, Any]:
+    """lm-eval's configuration of a JSON-lines file; the rows hold their own spaces."""
+    from datasets import Dataset
+
+    common = {
+        "task": file.path.stem,
+        "custom_dataset": lambda **_: {"test": Dataset.from_list(list(file.rows or ()))},
+        "test_split": "test",
+        "doc_to_text": "context",
+        "target_delimiter": "",
+        "num_fewshot": 0,
+    }
+    if file.choices:
+        return {
+            **common,
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "metric_list": [_metric("acc"), _metric("acc_norm")],
+        }
+    return {
+        **common,
+        "output_type": "loglikelihood",
+        "doc_to_target": "target",
+        "metric_list": [_metric("acc"), {**_metric("perplexity", "perplexity"), "higher_is_better": False}],
+    }
+
+
+def _metric(name: str, aggregation: str = "mean") -> dict[str, object]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": True}
+
+
+def _configured(file: TaskFile) -> list[Any]:
+    """The tasks of a YAML configuration; paths of its data count from its folder."""
+    from lm_eval.tasks import TaskManager
+
+    path = file.path.resolve()
+    try:
+        with contextlib.chdir(path.parent):
+            manager = TaskManager(include_path=str(path.parent), include_defaults=False)
+            return list(manager.load([str(path)])["tasks"].values())
+    except Exception as error:  # the library and its data loaders share no base class
+        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        raise UsageError(
+            f"{file.path} is no task that can be run from local files: {reason}; give one of lm-eval's configurations "
+            "with `dataset_path: json` and `data_files` that lie beside it."
+        ) from None
+
+
+def _score(name: str, found: dict[str, Any]) -> TaskScore:
+    figures: dict[str, Figure] = {}
+    for key, value in found.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = found.get(f"{metric}_stderr,{filtered}")
+        shown = metric if filtered == "none" else f"{metric} ({filtered})"
+        figures[shown] = Figure(float(value), float(error) if isinstance(error, int | float) else None)
+    return TaskScore(name, int(found["sample_len"]), figures)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[Path]:
+    """Nothing is fetched, and what the libraries put by goes to a folder that is then removed."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="hikui-tasks-") as folder:
+        os.environ.update(_OFFLINE, HF_DATASETS_CACHE=folder)
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the harness's bars, prints and warnings away from ours, and from JSON on stdout."""
+    from tqdm import tqdm
+
+    logger = logging.getLogger("lm_eval")
+    level, start = logger.level, tqdm.__init__
+    logger.setLevel(logging.ERROR)
+    # It has no option for its bars.
+    setattr(tqdm, "__init__", functools.partialmethod(start, disable=True))  # noqa: B010
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        setattr(tqdm, "__init__", start)  # noqa: B010
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The program: graph, ops, weights, its text, its checks, and the interpreter."""

@@ -1,0 +1,206 @@
+"""Runs a program in torch: the reference that every backend is held against, and what calibration measures with.
+
+Weights are loaded when a node first needs them, so a program larger than memory can be run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.program import BLOCK, WEIGHT, Program, evaluate
+from hikui.lowering.memory import give_back
+
+_HOLES = 1 << 28
+"""Bytes of weights that are loaded and dropped before their holes in the heap are given back."""
+
+Observer = Callable[[fx.Node, tuple[object, ...], object], None]
+"""Called with a node, its evaluated arguments and its result."""
+
+
+def _last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that nothing after it reads."""
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for operand in node.all_input_nodes:
+            owner[operand] = node
+        owner.setdefault(node, node)
+    dying: dict[fx.Node, list[fx.Node]] = {}
+    for value, node in owner.items():
+        dying.setdefault(node, []).append(value)
+    return dying
+
+
+def empty_cache(node: fx.Node) -> Tensor:
+    """Zeros of the shape and dtype of a cache placeholder: that cache before the first token."""
+    value = node.meta["val"]
+    return torch.zeros(tuple(int(size) for size in value.shape), dtype=value.dtype)
+
+
+def check_length(tokens: int, past: int, context: int) -> None:
+    """Raises HikuiError where the cache cannot hold `tokens` more."""
+    if past + tokens > context:
+        raise HikuiError(
+            f"{past + tokens} tokens do not fit the cache of {context}; "
+            "shorten the prompt or lower with a larger --context."
+        )
+
+
+class Interpreter:
+    """Runs a program node by node.
+
+    Args:
+        program: the program.
+        keep_weights: keep each weight after its first use (quick, for models that fit), or load it at every use.
+        observe: called after each node.
+    """
+
+    def __init__(self, program: Program, *, keep_weights: bool = True, observe: Observer | None = None) -> None:
+        self.program = program
+        self._keep_weights = keep_weights
+        self._observe = observe
+        self._weights: dict[str, Tensor] = {}
+        self._dropped = 0
+        self._nodes = [node for node in program.graph.nodes if node.op != "placeholder"]
+        self._dying = _last_uses(self._nodes)
+
+    def new_caches(self) -> list[Tensor]:
+        """Empty caches in the order of the program's inputs, each of its placeholder's shape and dtype."""
+        return [empty_cache(node) for node in self.program.cache_nodes()]
+
+    def _weight(self, node: fx.Node) -> Tensor:
+        key = self.program.weight_of(node)
+        if key in self._weights:
+            return self._weights[key]
+        tensor = self.program.store.load(key)
+        if self._keep_weights:
+            self._weights[key] = tensor
+        elif (dropped := self._dropped + tensor.nbytes) > _HOLES:
+            give_back()
+            self._dropped = 0
+        else:
+            self._dropped = dropped
+        return tensor
+
+    @torch.no_grad()
+    def run(self, tokens: Tensor, past: int, caches: Iterable[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """One step.
+
+        Args:
+            tokens: int64 [1, T].
+            past: how many tokens the caches hold.
+            caches: as `new_caches` or the last step gives them; one that nobody else holds is freed once it is read.
+
+        Returns:
+            Logits float32 [1, T, V] and the new caches.
+
+        Raises:
+            HikuiError: the tokens do not fit the cache.
+        """
+        check_length(tokens.shape[1], past, self.program.config.context_length)
+        env: dict[fx.Node, object] = dict(
+            zip(self.program.input_nodes(), (tokens, torch.tensor([past]), *caches), strict=True)
+        )
+        for node in self._nodes:
+            for operand in node.all_input_nodes:
+                if operand not in env and WEIGHT in operand.meta:
+                    env[operand] = self._weight(operand)
+            if node.op == "output":
+                logits, *new = (env[value] for value in self.program.outputs())
+                assert isinstance(logits, Tensor)
+                return logits, [cache for cache in new if isinstance(cache, Tensor)]
+            args, result = evaluate(node, env.__getitem__)
+            env[node] = result
+            if self._observe is not None:
+                self._observe(node, args, result)
+            for dead in self._dying.get(node, ()):
+                env.pop(dead, None)
+        raise AssertionError("a graph ends with its output")
+
+
+def block_segments(program: Program) -> list[list[fx.Node]]:
+    """The graph's calls in order, cut where a new block begins; what has no block stays with what came before."""
+    segments: list[list[fx.Node]] = [[]]
+    current: int | None = None
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        block = node.meta.get(BLOCK, current)
+        if block != current:
+            segments.append([])
+            current = block
+        segments[-1].append(node)
+    return [segment for segment in segments if segment]
+
+
+@torch.no_grad()
+def run_blocks(
+    program: Program,
+    chunks: Sequence[Tensor],
+    observe: Callable[[int, fx.Node, tuple[object, ...], object], None],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> None:
+    """Runs all chunks through one block after the other, so that each weight is loaded once and one block at a time.
+
+    Args:
+        program: the program.
+        chunks: int64 [1, T] each, run from an empty cache.
+        observe: called with the chunk's index, the node, its arguments and its result.
+        progress: called with ("block", done, total).
+    """
+    context = program.config.context_length
+    for chunk in chunks:
+        check_length(chunk.shape[1], 0, context)
+    segments = block_segments(program)
+    tokens, past, *caches = program.input_nodes()
+    dying = _last_uses([node for segment in segments for node in segment])
+    envs: list[dict[fx.Node, object]] = [{tokens: chunk, past: torch.tensor([0])} for chunk in chunks]
+    for index, segment in enumerate(segments):
+        weights: dict[fx.Node, Tensor] = {}
+        for node in segment:
+            for operand in node.all_input_nodes:
+                if WEIGHT in operand.meta and operand not in weights:
+                    weights[operand] = program.store.load(program.weight_of(operand))
+        for number, env in enumerate(envs):
+            env.update(weights)
+            for node in segment:
+                for operand in node.all_input_nodes:
+                    if operand in caches and operand not in env:
+                        env[operand] = empty_cache(operand)
+                args, result = evaluate(node, env.__getitem__)
+                env[node] = result
+                observe(number, node, args, result)
+                for dead in dying.get(node, ()):
+                    env.pop(dead, None)
+            for operand in weights:
+                env.pop(operand, None)
+        if progress is not None:
+            progress("block", index + 1, len(segments))
+
+
+class ReferenceRunner:
+    """The interpreter behind the interface of a runner: the cache stays inside."""
+
+    def __init__(self, program: Program, *, keep_weights: bool = True) -> None:
+        self._interpreter = Interpreter(program, keep_weights=keep_weights)
+        self.context_length = program.config.context_length
+        self._caches = self._interpreter.new_caches()
+
+    def reset(self) -> None:
+        self._caches = self._interpreter.new_caches()
+
+    def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
+        """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache."""
+        # Handed over one by one: a long context's caches are the most that a large model takes, and not twice.
+        logits, self._caches = self._interpreter.run(torch.from_numpy(tokens)[None], past, self._handed_over())
+        return np.asarray(logits[0].numpy(), dtype=np.float32)
+
+    def _handed_over(self) -> Iterator[Tensor]:
+        while self._caches:
+            yield self._caches.pop(0)
+
+    def close(self) -> None:
+        """Nothing to give back."""

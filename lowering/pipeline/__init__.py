@@ -1,0 +1,1 @@
+"""The contract of a pass, pipelines of passes, and recipes."""

@@ -1,0 +1,56 @@
+"""Windows of text that passes measure a model on."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.program import ModelConfig
+from hikui.lowering.pipeline.contract import Calibration
+
+Encode = Callable[[str], list[int]]
+"""Text to token ids, without special tokens."""
+
+_CHARACTERS_PER_TOKEN = 8
+
+
+def draw(
+    documents: list[str], encode: Encode, config: ModelConfig, *, samples: int, tokens: int, seed: int, source: str
+) -> Calibration:
+    """Draws windows of text to calibrate on.
+
+    Documents are cut into pieces of about twice a window, which are visited in an order drawn with `seed`; each gives
+    its first tokens after BOS. Short windows, from short documents, are taken only where there are too few full ones;
+    text that is too little gives fewer windows.
+
+    Args:
+        documents: the text.
+        encode: the model's tokenizer.
+        config: says the BOS token and bounds the window by the context length.
+        samples: windows to draw.
+        tokens: tokens in a window.
+        seed: of the order.
+        source: what the manifest says of where the text came from.
+
+    Raises:
+        HikuiError: no document has two tokens.
+    """
+    length = min(tokens, config.context_length)
+    prefix = [] if config.bos_token_id is None else [config.bos_token_id]
+    full: list[list[int]] = []
+    short: list[list[int]] = []
+    width = _CHARACTERS_PER_TOKEN * length
+    pieces = [document[at : at + width] for document in documents for at in range(0, len(document), width)]
+    for index in np.random.default_rng(seed).permutation(len(pieces)):
+        ids = (prefix + encode(pieces[int(index)].strip()))[:length]
+        if len(ids) == length:
+            full.append(ids)
+        elif len(ids) >= 2:
+            short.append(ids)
+        if len(full) == samples:
+            break
+    chosen = (full + short)[:samples]
+    if not chosen:
+        raise HikuiError(f"The calibration text {source} gives no window of two tokens; give a longer one.")
+    return Calibration(tuple(torch.tensor([ids], dtype=torch.int64) for ids in chosen), source)

@@ -1,0 +1,121 @@
+"""The contract of a pass.
+
+A pass is a frozen dataclass. Its fields are its options, in a recipe, on the command line (`rtn{bits=4,group=64}`) and
+in Python alike. It never changes the program it is given: it works on a clone, or returns the same program and says
+`modified=False`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from hikui.lowering.engine.jobs import Jobs
+from hikui.lowering.engine.resume import Resume
+from hikui.lowering.ir.program import Program
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how many steps are done, and how many there are."""
+
+
+def no_progress(label: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+Announce = Callable[[str], None]
+"""Called with a sentence on what is about to happen."""
+
+
+def no_announcement(sentence: str) -> None:
+    """What nobody reads."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text to measure a model on.
+
+    Attributes:
+        chunks: int64 [1, T] token tensors, T at most the context length.
+        source: where the text came from, for the manifest.
+    """
+
+    chunks: tuple[Tensor, ...]
+    source: str = ""
+
+
+@dataclass
+class PassContext:
+    """What a pass may use beside the program.
+
+    Attributes:
+        calibration: text to measure on, if any was given.
+        scratch: folder for tensors and for activations that do not fit in memory; None: memory, the system's folder.
+        resume: where finished work is kept; a pass has a scope of its own.
+        workers: threads; None is as many as torch uses. Results do not depend on it.
+        memory: bytes that a pass may need at its peak; None is what the machine has free.
+        jobs: where independent work is done.
+        announce: told what a pass is about to need.
+    """
+
+    calibration: Calibration | None = None
+    scratch: Path | None = None
+    progress: Progress = no_progress
+    resume: Resume = field(default_factory=Resume)
+    workers: int | None = None
+    memory: int | None = None
+    jobs: Jobs = field(default_factory=Jobs)
+    announce: Announce = no_announcement
+
+
+@dataclass
+class PassResult:
+    """What a pass gives back: the new program, whether it differs, and what the report should say."""
+
+    program: Program
+    modified: bool
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass.
+
+    Attributes:
+        name: as in pipelines and recipes.
+        calibrates: whether it needs `PassContext.calibration`, so that a run without any is refused before it starts.
+    """
+
+    name: ClassVar[str]
+    calibrates: ClassVar[bool] = False
+
+    def requires(self, program: Program) -> None:
+        """Checks that the program can be taken.
+
+        Raises:
+            HikuiError: something is missing, in one sentence that says which pass or input brings it.
+        """
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Does the work."""
+        raise TypeError(f"{type(self).__name__} does not say how it runs")
+
+    def ensures(self, program: Program) -> None:
+        """Checks what the pass promises of its result.
+
+        Raises:
+            VerificationError: the promise is broken.
+        """
+
+    def __str__(self) -> str:
+        """The pass as a pipeline states it, with the options that differ from their defaults."""
+        options = [f"{f.name}={_literal(value)}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    return f'"{text}"' if isinstance(value, str) and any(c in text for c in ',{}"= ') else text

@@ -1,0 +1,1 @@
+"""What is known of the activations, and how it is measured."""

@@ -1,0 +1,129 @@
+"""What is known of the activations that a site reads."""
+
+from collections.abc import Set
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.ir.program import STATISTICS, Program
+from hikui.passes.measure import linalg
+
+
+@dataclass(eq=False)
+class Evidence:
+    """Statistics of an activation's K columns over all tokens that were seen; what was not asked for is None.
+
+    Attributes:
+        mean_square: float32 [k], E[x²].
+        max_abs: float32 [k], max|x|.
+        mean_abs: float32 [k], E|x|.
+        gram: float64 [k, k], E[x·xᵀ]. A quantiser may factor it in place.
+    """
+
+    mean_square: Tensor | None = None
+    max_abs: Tensor | None = None
+    mean_abs: Tensor | None = None
+    gram: Tensor | None = None
+
+    @staticmethod
+    def stored(program: Program, node: fx.Node, wanted: Set[str]) -> "Evidence":
+        """What `calibrate` has measured of a site."""
+        keys = node.meta[STATISTICS]
+        return Evidence(**{kind: _own(program.store.load(keys[kind])) for kind in sorted(wanted)})
+
+    def permuted(self, order: Tensor) -> "Evidence":
+        """The same with its columns in another order: int64 [k]."""
+        vectors = {
+            name: None if (held := getattr(self, name)) is None else held[order]
+            for name in ("mean_square", "max_abs", "mean_abs")
+        }
+        return Evidence(**vectors, gram=None if self.gram is None else linalg.permuted(self.gram, order))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    # A Gram matrix is stored in float32 and worked on in float64, in place.
+    return tensor.to(torch.float64, copy=True) if tensor.dim() == 2 else tensor
+
+
+_BATCH = 1024
+"""Tokens whose outer products are added up in float32 before the sum goes to the float64 matrices."""
+
+
+class Sums:
+    """Running sums over the tokens of an activation, and over what became of it in the quantised model.
+
+    Args:
+        width: K.
+        wanted: what `evidence` will be asked for.
+        cross: also sum (x − x̂)·x̂ᵀ.
+        workers: share the tiles of the large matrices.
+    """
+
+    def __init__(self, width: int, wanted: Set[str], workers: Workers, *, cross: bool = False) -> None:
+        self.tokens = 0
+        self._workers = workers
+        self._squares = torch.zeros(width, dtype=torch.float64)
+        self._magnitudes = torch.zeros(width, dtype=torch.float64)
+        self._largest = torch.zeros(width, dtype=torch.float32)
+        self._wanted = set(wanted)
+        self._gram = torch.zeros(width, width, dtype=torch.float64) if "gram" in wanted or cross else None
+        self._cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+
+    @property
+    def finite(self) -> bool:
+        """Whether everything that was seen is finite."""
+        return bool(self._squares.isfinite().all())
+
+    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
+        """Adds one text: x float32 [..., k], and for the cross term what x is in the float model."""
+        rows = x.reshape(-1, x.shape[-1])
+        self.tokens += rows.shape[0]
+        magnitudes = rows.abs()
+        self._squares += rows.double().square().sum(0)
+        self._magnitudes += magnitudes.sum(0, dtype=torch.float64)
+        self._largest = torch.maximum(self._largest, magnitudes.amax(0))
+        if self._gram is not None or self._cross is not None:
+            difference = None
+            if self._cross is not None:
+                assert reference is not None, "the cross term compares with the float model"
+                difference = reference.reshape(rows.shape) - rows
+            self._waiting.append((rows, difference))
+            if sum(waiting.shape[0] for waiting, _ in self._waiting) >= _BATCH:
+                self._multiply()
+
+    def _multiply(self) -> None:
+        """Adds the outer products of the texts that wait: few large products cost less than many small ones."""
+        if not self._waiting:
+            return
+        rows = torch.cat([rows for rows, _ in self._waiting])
+        if self._gram is not None:
+            linalg.add_gram(self._gram, rows, self._workers)
+        if self._cross is not None:
+            difference = torch.cat([difference for _, difference in self._waiting if difference is not None])
+            linalg.add_cross(self._cross, difference, rows, self._workers)
+        self._waiting = []
+
+    def evidence(self) -> Evidence:
+        """The means; the Gram matrix is handed over, so it can be had once."""
+        self._multiply()
+        every = {
+            "mean_square": (self._squares / self.tokens).float(),
+            "max_abs": self._largest,
+            "mean_abs": (self._magnitudes / self.tokens).float(),
+        }
+        out = Evidence(**{name: tensor for name, tensor in every.items() if name in self._wanted})
+        if self._gram is not None:
+            linalg.mirror(self._gram)
+            self._gram /= self.tokens
+            out.gram, self._gram = self._gram, None
+        return out
+
+    def cross(self) -> Tensor:
+        """E[(x − x̂)·x̂ᵀ], float64 [k, k]; it can be had once."""
+        assert self._cross is not None, "it was asked for"
+        self._multiply()
+        out, self._cross = self._cross, None
+        return out.div_(self.tokens)

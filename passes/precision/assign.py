@@ -1,0 +1,143 @@
+"""Chooses a format for each site under a budget of true bits per weight."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from hikui.lowering.errors import HikuiError, VerificationError
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import FORMAT, SENSITIVITY, SITE, Program
+from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
+from hikui.passes.graph import FIXED, float_sites, groups, matrix_shape
+from hikui.passes.precision.budget import Choice, cheapest, solve, spend_at_random
+from hikui.passes.precision.candidates import parse_formats, tied_nbytes
+
+
+@dataclass(frozen=True)
+class Assign(Pass):
+    """Gives every unpacked site one of the candidate formats; tied sites get the same one.
+
+    What `override` has fixed stays, and its bits count.
+
+    Attributes:
+        target_bpw: budget in true bits per weight, over all sites together; scales and padding count.
+        formats: candidates, separated by `|`.
+        mode: `optimal` has the least sum of sensitivities that the budget allows; `random` spends the budget without
+            looking at them (the baseline to beat); `uniform` gives `format` to all, whatever the budget.
+        format: for `uniform`.
+        seed: for `random`.
+    """
+
+    name: ClassVar[str] = "assign"
+    target_bpw: float = 5.5
+    formats: str = "int4-g64|int8-g64"
+    mode: Literal["optimal", "random", "uniform"] = "optimal"
+    format: str = "int8-g64"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        parse_formats(self.formats)
+        Format.parse(self.format)
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError where sites, or sensitivities of the candidates, are missing."""
+        found = float_sites(program)
+        if not found:
+            raise HikuiError("There is no unpacked linear site; run `canonicalise` first, and `rtn` later.")
+        if self.mode == "optimal":
+            for node in found:
+                for fmt in parse_formats(self.formats):
+                    if FIXED not in node.meta and str(fmt) not in node.meta.get(SENSITIVITY, {}):
+                        raise HikuiError(
+                            f"Site {node.meta[SITE]} has no sensitivity for {fmt}; run `sensitivity` with this format "
+                            "first."
+                        )
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Works on a clone.
+
+        Raises:
+            HikuiError: the budget cannot be met; the sentence names the smallest that can.
+        """
+        work = program.clone()
+        choices = self._choices(work)
+        picks = self._pick(choices)
+        changed = False
+        nodes = {node.meta[SITE]: node for node in float_sites(work)}
+        for choice, pick in zip(choices, picks, strict=True):
+            for site in choice.sites:
+                changed |= nodes[site].meta.get(FORMAT) != choice.formats[pick]
+                nodes[site].meta[FORMAT] = choice.formats[pick]
+        if not changed:
+            return PassResult(program, False)
+        return PassResult(work, True, self._notes(choices, picks))
+
+    def _choices(self, program: Program) -> list[Choice]:
+        """One choice a tied group; the members that `override` has fixed are choices of their own."""
+        out = []
+        names = [str(fmt) for fmt in parse_formats(self.formats)]
+        if self.mode == "uniform":
+            names = [str(Format.parse(self.format))]
+        for members in groups(float_sites(program)).values():
+            fixed = [node for node in members if FIXED in node.meta]
+            free = [node for node in members if FIXED not in node.meta]
+            for tied, formats in [
+                *(([node], [node.meta[FIXED]]) for node in fixed),
+                (free, names),
+            ]:
+                if not tied:
+                    continue
+                shapes = [matrix_shape(node) for node in tied]
+                costs = [[node.meta.get(SENSITIVITY, {}).get(name, 0.0) for node in tied] for name in formats]
+                out.append(
+                    Choice(
+                        sites=tuple(node.meta[SITE] for node in tied),
+                        formats=tuple(formats),
+                        nbytes=tuple(tied_nbytes([Format.parse(name)] * len(shapes), shapes) for name in formats),
+                        costs=tuple(math.fsum(of_members) for of_members in costs),
+                        weights=sum(n * k for n, k in shapes),
+                    )
+                )
+        return out
+
+    def _pick(self, choices: Sequence[Choice]) -> list[int]:
+        if self.mode == "uniform":
+            return [0] * len(choices)
+        weights = sum(choice.weights for choice in choices)
+        budget = math.floor(self.target_bpw * weights / 8)
+        least = sum(choice.nbytes[pick] for choice, pick in zip(choices, cheapest(choices), strict=True))
+        if least > budget:
+            smallest = math.ceil(8 * least / weights * 1000) / 1000
+            raise HikuiError(
+                f"A budget of {self.target_bpw:g} bits per weight cannot be met: with {self.formats} the smallest that "
+                f"can is {smallest:.3f}; raise target_bpw or add a smaller format."
+            )
+        if self.mode == "random":
+            return spend_at_random(choices, budget, np.random.default_rng(self.seed))
+        return solve(choices, budget)
+
+    def _notes(self, choices: Sequence[Choice], picks: Sequence[int]) -> list[str]:
+        taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
+        weights = sum(choice.weights for choice in choices)
+        notes = [f"{8 * taken / weights:.3f} true bits per weight ({self.mode})"]
+        counts: dict[str, int] = {}
+        for choice, pick in zip(choices, picks, strict=True):
+            counts[choice.formats[pick]] = counts.get(choice.formats[pick], 0) + len(choice.sites)
+        return notes + [f"{name}: {counts[name]} sites" for name in sorted(counts)]
+
+    def ensures(self, program: Program) -> None:
+        """Every unpacked site has a format, tied sites the same one, and the budget holds."""
+        nbytes = weights = 0
+        for members in groups(float_sites(program)).values():
+            if any(FORMAT not in node.meta for node in members):
+                raise VerificationError(f"Site {members[0].meta[SITE]} or one tied to it has no format.")
+            if len({node.meta[FORMAT] for node in members if FIXED not in node.meta}) > 1:
+                raise VerificationError(f"Site {members[0].meta[SITE]} and those tied to it have different formats.")
+            shapes = [matrix_shape(node) for node in members]
+            nbytes += tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], shapes)
+            weights += sum(n * k for n, k in shapes)
+        if self.mode != "uniform" and 8 * nbytes > self.target_bpw * weights:
+            raise VerificationError(f"{8 * nbytes / weights:.4f} bits per weight are above {self.target_bpw}.")

@@ -1,0 +1,1 @@
+"""Rounding matrices, and packing them."""

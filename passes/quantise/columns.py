@@ -1,0 +1,113 @@
+"""Which columns of a `mixed` matrix are int4, and the order that brings them to the front.
+
+The order is a stored vector that the graph gathers the activation with, once for all sites that read it: whatever
+consumes the gathered activation sees matrices with their columns permuted alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import GROUP, SITE, STATISTICS, Program
+from hikui.lowering.ir.sizes import column_order as stored_order
+from hikui.passes.graph import aten, insert, matrix_shape, weight_of
+from hikui.passes.quantise.packing import load_finite
+
+_PART = 1 << 22
+"""Weights squared at a time."""
+
+
+def column_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tensor:
+    """The order of the input columns of tied sites: the int4 ones first, each part ascending.
+
+    A column counts Σ_i w_ij² · E[x_j²], summed over the sites: what the outputs owe to it. Of equal ones the earlier
+    counts more.
+
+    Args:
+        program: holds the weights and the statistics.
+        tied: unpacked sites that read one activation.
+        fmt: a `mixed` format.
+
+    Returns:
+        int32 [k].
+
+    Raises:
+        HikuiError: a site has no statistics, too few columns, or weights that are NaN or infinite.
+    """
+    require_mixable(tied, fmt)
+    _, k = matrix_shape(tied[0])
+    squares = torch.zeros(k, dtype=torch.float64)
+    for node in tied:
+        n, _ = matrix_shape(node)
+        rows = max(1, _PART // k)
+        for start in range(0, n, rows):
+            part = load_finite(program, weight_of(node), node.meta[SITE], slice(start, min(start + rows, n)))
+            squares += part.double().square().sum(0)
+    counts = squares * program.store.load(tied[0].meta[STATISTICS]["mean_square"]).double()
+    assert fmt.columns is not None, "the format is mixed"
+    ranked = torch.sort(counts, descending=True, stable=True).indices
+    chosen = torch.zeros(k, dtype=torch.bool)
+    chosen[ranked[: fmt.columns]] = True
+    return torch.cat((chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1))).to(torch.int32)
+
+
+def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
+    """Raises HikuiError where a site is too narrow for a mixed format, or its columns cannot be chosen."""
+    for node in nodes:
+        site, (_, k) = node.meta[SITE], matrix_shape(node)
+        if fmt.columns is not None and fmt.columns > k:
+            raise HikuiError(f"Site {site} has {k} columns, fewer than the int4 ones of {fmt}; choose another format.")
+        if STATISTICS not in node.meta:
+            raise HikuiError(
+                f"Site {site} has no statistics to choose the int4 columns of {fmt} by; run `calibrate` first."
+            )
+
+
+class Orders:
+    """The orders of one run of a pass: one for each tied group and format, stored and gathered with once.
+
+    Args:
+        program: gets the orders and the gathers.
+        nodes: the sites that the pass packs, with the format of each.
+    """
+
+    def __init__(self, program: Program, nodes: Sequence[tuple[fx.Node, Format]]) -> None:
+        self._program = program
+        self._tied: dict[tuple[str, Format], list[fx.Node]] = {}
+        for node, fmt in nodes:
+            if fmt.is_mixed:
+                self._tied.setdefault((node.meta[GROUP], fmt), []).append(node)
+        self._placeholders: dict[tuple[str, Format], fx.Node] = {}
+        self._gathers: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def gather(self, node: fx.Node, fmt: Format) -> tuple[fx.Node, Tensor]:
+        """The permuted activation that a site is to read, and the order: int64 [k].
+
+        Raises:
+            HikuiError: as `column_order`.
+        """
+        key = (node.meta[GROUP], fmt)
+        if key not in self._placeholders:
+            order = column_order(self._program, self._tied[key], fmt)
+            self._placeholders[key] = self._program.add_weight(self._name(key), order)
+        held, x = self._placeholders[key], node.args[0]
+        assert isinstance(x, fx.Node)
+        if (x, held) not in self._gathers:
+            self._gathers[x, held] = insert(self._program, node, aten.index_select.default, (x, -1, held), node)
+        return self._gathers[x, held], self._program.store.load(self._program.weight_of(held)).long()
+
+    def _name(self, key: tuple[str, Format]) -> str:
+        group, fmt = key
+        name, number = f"{group}.order.{fmt}", 2
+        while name in self._program.store:
+            name, number = f"{group}.order.{fmt}#{number}", number + 1
+        return name
+
+
+def order_of(program: Program, node: fx.Node) -> Tensor | None:
+    """The order in which a packed site's columns stand: int64 [k], or None where they stand as in the checkpoint."""
+    held = stored_order(node)
+    return None if held is None else program.store.load(program.weight_of(held)).long()

@@ -1,0 +1,200 @@
+"""GPTQ: rounds a matrix column by column, each time making up in the columns to come for what was lost.
+
+Frantar et al., 2022 (arXiv 2210.17323). With H = E[x·xᵀ] + λI = U·Uᵀ, U upper triangular, the error E‖(W−Q)x‖² is
+Σ_k (U_kk·e_k + Σ_{j<k} U_jk·e_j)² a row, e = w − q, so the best target for column k, given the columns before it, is
+w_k + Σ_{j<k} e_j·U_jk / U_kk. This needs one factor and no inverse (Chee et al., QuIP, 2023, section 4, show that it is
+the same as GPTQ's update by the rows of the Cholesky factor of H⁻¹).
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.errors import UsageError
+from hikui.lowering.formats import Format, Segment
+from hikui.passes.measure import linalg
+from hikui.passes.measure.evidence import Evidence
+from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.quantise.rounding import Rounded, inverse, nearest, round_matrix
+
+_BLOCK = 128
+"""Columns whose errors are applied to all later ones at once."""
+
+_STRIP = 32
+"""Columns of these whose errors are applied at once to those behind them in the block."""
+
+
+class Factor(NamedTuple):
+    """What tied sites share: U of H with its columns in the order in which they are rounded.
+
+    Attributes:
+        upper: float64 [k, k]; what lies below the diagonal is not to be read.
+        order: int64 [k], or None where it is the columns' own.
+        importance: float32 [k], the diagonal of H in the columns' own order.
+    """
+
+    upper: Tensor
+    order: Tensor | None
+    importance: Tensor
+
+
+@dataclass(frozen=True)
+class Gptq(Quantiser):
+    """Rounds sites with error compensation, in the order of the model, on what the quantised blocks before give them.
+
+    Attributes:
+        act_order: round the columns with the largest activations first. The scales are then chosen beforehand for all
+            groups; without it each group's scale is chosen when its turn comes.
+        damping: λ over the mean of H's diagonal; raised tenfold as often as the factorisation needs it.
+        clip: how scales are chosen, as in `rtn`.
+        weighted: weigh a column's error by its mean square activation when scales are chosen.
+        inputs: `quantised` measures each site behind the quantised blocks; `float` in the float model (after
+            Squeeze10's full-information supervision).
+    """
+
+    name: ClassVar[str] = "gptq"
+    calibrates: ClassVar[bool] = True
+    sequential: ClassVar[bool] = True
+    # A column of more rows is more work for each of many small steps.
+    times: ClassVar[int] = 2
+    act_order: bool = True
+    damping: float = 0.01
+    clip: Literal["mse", "minmax"] = "mse"
+    weighted: bool = False
+    inputs: Literal["quantised", "float"] = "quantised"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.damping > 0:
+            raise UsageError(f"gptq cannot be damped by {self.damping:g}; damping is above 0.")
+
+    @property
+    def reads_float(self) -> bool:
+        """Whether H is that of the float model."""
+        return self.inputs == "float"
+
+    @property
+    def spare_matrices(self) -> int:
+        """The copy of H in another order."""
+        return 1 if self.act_order else 0
+
+    def wants(self) -> frozenset[str]:
+        """The Gram matrix."""
+        return frozenset({"gram"})
+
+    def prepare(self, evidence: Evidence, workers: Workers) -> Factor:
+        """Factors the Gram matrix, in place unless columns are reordered."""
+        gram, evidence.gram = evidence.gram, None
+        assert gram is not None, "it was asked for"
+        importance, order = gram.diagonal().float().clone(), None
+        if self.act_order:
+            order = torch.sort(gram.diagonal(), descending=True, stable=True).indices
+            gram = linalg.permuted(gram, order)
+        linalg.factor_upper(gram, self.damping, workers)
+        return Factor(gram, order, importance)
+
+    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
+        """Rounds some rows; see `Quantiser.quantise`."""
+        assert isinstance(prepared, Factor), "prepare was called"
+        importance = prepared.importance if self.weighted else None
+        return compensate(weight, fmt, prepared, self.clip, importance)
+
+
+def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importance: Tensor | None = None) -> Rounded:
+    """Rounds rows column by column with the factor of H.
+
+    Args:
+        weight: float32 [n, k].
+        fmt: an integer format.
+        factor: of H.
+        clip: how scales are chosen.
+        importance: float32 [k] for the choice of scales.
+
+    Returns:
+        Codes and scales in the columns' own order.
+
+    Raises:
+        OverflowError: a scale does not fit float16.
+    """
+    n, k = weight.shape
+    scales = _Scales(weight, fmt, clip, importance, beforehand=factor.order is not None)
+    order = torch.arange(k) if factor.order is None else factor.order
+    # In float32, as the weights are: further digits of a target tell only where it lies in the middle of two codes.
+    # Transposed, so that a column is a run of memory: what each column is to be, and once it is rounded, what it lacks.
+    left = weight.t().contiguous()[order]
+    codes = torch.empty(k, n, dtype=torch.int8)
+    positions, pivots = order.tolist(), factor.upper.diagonal().tolist()
+    for start, stop in _parts(k, scales.starts, own_order=factor.order is None):
+        panel = factor.upper[:stop, start:stop].float()
+        corner = panel[start:]
+        carried = panel[:start].t() @ left[:start]
+        if factor.order is None:
+            # What GPTQ would have made of these columns by now: their best values, given all errors before them.
+            updated = left[start:stop] + torch.linalg.solve_triangular(corner.t(), carried, upper=False)
+            scales.meet(start, stop, updated.t().contiguous())
+        for first in range(0, stop - start, _STRIP):
+            last = min(first + _STRIP, stop - start)
+            done = left[start + first : start + last]
+            for at in range(first, last):
+                position = positions[start + at]
+                scale, reciprocal, kind = scales.of(position)
+                target = torch.addmv(carried[at], done[: at - first].t(), corner[first:at, at])
+                target.mul_(1 / pivots[start + at]).add_(done[at - first])
+                code = nearest(target.mul_(reciprocal), kind)
+                codes[position] = code
+                done[at - first] -= code.mul_(scale)
+            carried[last:].addmm_(corner[first:last, last:].t(), done)
+    return Rounded(codes.t().contiguous(), scales.table.t().contiguous())
+
+
+def _parts(k: int, starts: list[int], *, own_order: bool) -> list[tuple[int, int]]:
+    """Blocks of columns; in their own order none crosses the start of a group."""
+    cuts = {*range(0, k, _BLOCK), k}
+    if own_order:
+        cuts |= {start for start in starts if start < k}
+    ends = sorted(cuts)
+    return list(pairwise(ends))
+
+
+class _Scales:
+    """The scale of each group: chosen beforehand for all of them, or when a group's first column is met."""
+
+    def __init__(self, weight: Tensor, fmt: Format, clip: str, importance: Tensor | None, *, beforehand: bool) -> None:
+        n, k = weight.shape
+        self._clip, self._importance, self._k = clip, importance, k
+        self._groups: list[tuple[Segment, int, int]] = []
+        for part in fmt.segments(fmt.padded_k(k)):
+            size = part.format.group_size(part.stop - part.start)
+            self._groups += [(part, at, min(at + size, k)) for at in range(part.start, part.stop, size)]
+        self.starts = [start for _, start, _ in self._groups]
+        self.table = torch.zeros(len(self._groups), n)
+        self._inverse = torch.zeros_like(self.table)
+        self._group_of = [index for index, (_, start, stop) in enumerate(self._groups) for _ in range(start, stop)]
+        whole = {index for index, (_, start, stop) in enumerate(self._groups) if beforehand or stop - start > _BLOCK}
+        for index in sorted(whole):
+            _, start, stop = self._groups[index]
+            if start < k:
+                self._choose(index, weight[:, start:stop])
+        self._beforehand = whole
+
+    def meet(self, start: int, stop: int, updated: Tensor) -> None:
+        """Chooses the scale of the groups that begin in these columns, from what became of them: [n, stop−start]."""
+        for index, (_, first, last) in enumerate(self._groups):
+            if start <= first < stop and index not in self._beforehand:
+                self._choose(index, updated[:, first - start : last - start])
+
+    def _choose(self, index: int, columns: Tensor) -> None:
+        part, start, stop = self._groups[index]
+        importance = None if self._importance is None else self._importance[start:stop]
+        rounded = round_matrix(columns, Format(part.format.kind), self._clip, importance)
+        self.table[index] = rounded.scale[:, 0]
+        self._inverse[index] = inverse(self.table[index])
+
+    def of(self, column: int) -> tuple[Tensor, Tensor, str]:
+        """(scale float32 [n], its inverse, kind) of a column."""
+        index = self._group_of[column]
+        return self.table[index], self._inverse[index], self._groups[index][0].format.kind

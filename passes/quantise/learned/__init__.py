@@ -1,0 +1,1 @@
+"""Scales that are learned block by block."""

@@ -1,0 +1,1 @@
+"""Equivalent transforms, folded into the weights before they are rounded."""

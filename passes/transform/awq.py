@@ -1,0 +1,175 @@
+"""AWQ: scales up the weights of the columns whose activations are large, as far as the output's error shrinks."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import SITE, STATISTICS, Program
+from hikui.passes.graph import float_sites, matrix_shape, selected, weight_of
+from hikui.passes.quantise.columns import column_order, require_mixable
+from hikui.passes.quantise.packing import load_finite
+from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.quantise.rounding import dequantise, round_matrix
+from hikui.passes.transform.folding import Fold, row_parts
+from hikui.passes.transform.scaling import Choice, Scaling
+
+_STEPS = 20
+"""Exponents tried: 0, 1/20, … 19/20."""
+
+_SMALLEST = 1e-4
+"""Columns count as no smaller than this share of the largest: those that the text never excites stay in bounds."""
+
+
+_ROWS = 1024
+"""Rows of a site that its error is taken over: of more, evenly spaced ones; each takes 20 products with the metric."""
+
+
+@dataclass(frozen=True)
+class _Trial(Quantiser):
+    """The format of sites that none was assigned to, with its options checked."""
+
+    name: ClassVar[str] = "awq"
+
+
+@dataclass(frozen=True)
+class Awq(Scaling):
+    """Divides the columns of activations by s = (E|x|)^a, and multiplies the weights by it, with the best of 20 a.
+
+    The s of a group are normalised to √(max·min) = 1. Each a is judged by Σ E‖(Q(W·s)/s − W)·x‖² over the group's
+    sites, Q being rounding to the format that a site is assigned, or else to the format that the options give; with the
+    Gram matrix this needs no activations. Of sites with more than 1024 rows some, evenly spaced, stand for all. After
+    AWQ (Lin et al., 2023): there the error is taken where the module of several sites ends, here at the output of each
+    site; columns that come from one channel (query heads that share a KV head) have the mean of their magnitudes here,
+    and are left alone there. The factor goes where the activation comes from, as in `smooth`; `rtn{clip=output}` has
+    AWQ's search of clipped scales.
+
+    Attributes:
+        bits, group, format: as in `rtn`: what sites without an assigned format are judged in.
+        clip: how the scales are chosen while judging: `minmax` as in AWQ, or `mse`.
+        sites: regular expression of the sites; empty is all. A tied group takes part as a whole or not at all.
+        skip: regular expression of the sites to leave as they are.
+    """
+
+    name: ClassVar[str] = "awq"
+    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram")
+    bits: int = Quantiser.bits
+    group: int = Quantiser.group
+    format: str = ""
+    clip: Literal["minmax", "mse"] = "minmax"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._trial()
+
+    def _trial(self) -> _Trial:
+        return _Trial(self.bits, self.group, self.format)
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError where no float site is named, or one has not been measured."""
+        super().requires(program)
+        for node in selected(float_sites(program), self.sites, self.skip):
+            if (fmt := self._trial().format_of(node)).is_mixed:
+                require_mixable([node], fmt)
+
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+        """Tries every exponent on every site of the group."""
+        keys = found.members[0].meta[STATISTICS]
+        magnitude = found.mean(program.store.load(keys["mean_abs"]).double())
+        if not bool(magnitude.max() > 0):
+            return Choice(None, "it reads nothing but zeros")
+        factors = candidates(magnitude)
+        formats = {node: self._trial().format_of(node) for node in found.members}
+        judged = [node for node in found.members if formats[node].is_integer]
+        if not judged:
+            return Choice(None, "its formats are not rounded")
+        metric = output_metric(program.store.load(keys["gram"]))
+        errors = torch.zeros(_STEPS, dtype=torch.float64)
+        for node in judged:
+            tied = [other for other in judged if formats[other] == formats[node]]
+            errors += self._judge(program, node, tied, formats[node], [s[found.ties] for s in factors], metric, workers)
+        best = int(errors.argmin())
+        if not bool(errors[best].isfinite()):
+            return Choice(None, "none of the scales fits float16")
+        saved = 1 - float(errors[best] / errors[0]) if float(errors[0]) > 0 else 0.0
+        return Choice(factors[best], f"a={best / _STEPS:g} takes {100 * saved:.1f} % off the squared output error")
+
+    def _judge(
+        self,
+        program: Program,
+        node: fx.Node,
+        tied: list[fx.Node],
+        fmt: Format,
+        factors: list[Tensor],
+        metric: Tensor,
+        workers: Workers,
+    ) -> Tensor:
+        """The site's squared output error with each factor: float64 [factors], over the mean square of x."""
+        order = column_order(program, tied, fmt).long() if fmt.is_mixed else None
+        step = -(-matrix_shape(node)[0] // _ROWS)
+
+        def judge(part: slice) -> Tensor:
+            rows = load_finite(program, weight_of(node), node.meta[SITE], part)[-part.start % step :: step]
+            return output_errors(rows, factors, fmt, metric, self.clip, order)
+
+        total = torch.zeros(len(factors), dtype=torch.float64)
+        for errors in workers.map(judge, row_parts(node)):
+            total += errors
+        return total * step
+
+
+def candidates(magnitude: Tensor) -> list[Tensor]:
+    """The factors that are tried: magnitude^a for each a, normalised.
+
+    Args:
+        magnitude: float64 [k], E|x|, not all of it zero.
+
+    Returns:
+        float32 [k] each.
+    """
+    magnitude = magnitude.clamp_min(_SMALLEST * float(magnitude.max()))
+    return [_normalised(magnitude ** (step / _STEPS)) for step in range(_STEPS)]
+
+
+def output_errors(
+    rows: Tensor, factors: list[Tensor], fmt: Format, metric: Tensor, clip: str, order: Tensor | None = None
+) -> Tensor:
+    """Σ d·M·dᵀ with d = Q(w·s)/s − w for each factor s.
+
+    Args:
+        rows: float32 [n, k].
+        factors: float32 [k] each.
+        fmt: what is rounded to.
+        metric: M, float32 [k, k].
+        clip: how scales are chosen, as in `rtn`.
+        order: int64 [k], the order of the columns in a mixed format.
+
+    Returns:
+        float64 [factors]; infinite where a scale does not fit float16.
+    """
+    back = None if order is None else order.argsort()
+    out = torch.zeros(len(factors), dtype=torch.float64)
+    for index, factor in enumerate(factors if len(rows) else []):
+        scaled = rows * factor
+        try:
+            rounded = round_matrix(scaled if order is None else scaled[:, order], fmt, clip)
+        except OverflowError:
+            out[index] = torch.inf
+            continue
+        dense = dequantise(rounded, fmt)
+        off = (dense if back is None else dense[:, back]).div_(factor).sub_(rows)
+        out[index] = (off @ metric).mul_(off).sum(dtype=torch.float64)
+    return out
+
+
+def _normalised(factor: Tensor) -> Tensor:
+    return (factor / (factor.max() * factor.min()).sqrt()).float()
+
+
+def output_metric(gram: Tensor) -> Tensor:
+    """E[x·xᵀ], [k, k], over the mean of its diagonal: float32."""
+    mean = float(gram.diagonal().mean())
+    return gram.float() / (mean if mean > 0 else 1.0)

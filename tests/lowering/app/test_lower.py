@@ -1,0 +1,210 @@
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import hikui
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.assemble import require_room
+from hikui.lowering.app.runners import open_runner
+from hikui.lowering.artefact import verify as verify_artefact
+from hikui.lowering.artefact.manifest import MANIFEST, Artefact, inventory
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Packed
+from hikui.lowering.trace import trace
+from hikui.passes.quantise.quantiser import Packer
+
+
+def lower_command(model: Path, output: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "hikui.lowering.app.cli", "lower", str(model), "-o", str(output), *options]
+
+
+def test_two_runs_write_the_same_bytes(tiny: Path, built: Artefact, tmp_path: Path) -> None:
+    again = driver.lower(tiny, tmp_path / "elsewhere" / "again", recipe="int4")
+    assert inventory(again.directory) == inventory(built.directory)
+    assert (again.directory / MANIFEST).read_bytes() == (built.directory / MANIFEST).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backend"),
+    [
+        ("float", "onnxruntime"),
+        ("int8", "tvm"),
+        ("mixed-5.5bit", "onnxruntime"),
+        ("int4-branch", "tvm"),
+        ("int4-branch", "onnxruntime"),
+        ("awq-4bit", "tvm"),
+        ("rotation-gptq-3bit", "onnxruntime"),
+    ],
+)
+def test_every_shipped_recipe_gives_an_artefact_that_verifies(
+    recipe: str, backend: str, tiny: Path, stories: Path, tmp_path: Path
+) -> None:
+    # Padding makes the tiny matrices take more than the recipe's 5.5 bits.
+    budget = 7.0 if recipe == "mixed-5.5bit" else None
+    artefact = driver.lower(
+        tiny, tmp_path / "out", recipe=recipe, backend=backend, calibration=stories, target_bpw=budget
+    )
+    check = verify_artefact.check_numbers(artefact, lambda: open_runner(artefact))
+    assert check.passed
+    verify_artefact.check_files(artefact)
+    verify_artefact.check_libraries(artefact)
+    read = yaml.safe_load((artefact.directory / "recipe.resolved.yaml").read_text())
+    assert read["name"] == recipe
+    calibration = artefact.manifest.provenance.calibration
+    assert calibration is not None
+    assert calibration["text"] == "stories.txt"
+
+
+def test_the_budget_can_be_set_and_one_that_is_too_small_names_the_smallest(
+    tiny: Path, stories: Path, tmp_path: Path
+) -> None:
+    prepared = driver.prepare(tiny, "mixed-5.5bit", calibration=stories, target_bpw=7.0)
+    assert "assign{target_bpw=7.0}" in map(str, prepared.passes)
+    with pytest.raises(HikuiError, match=r"assign: .*\d\.\d+"):
+        driver.prepare(tiny, "mixed-5.5bit", calibration=stories, target_bpw=1.0)
+
+
+def test_a_recipe_that_calibrates_wants_text_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(HikuiError, match="calibrate measures .* --calibration"):
+        driver.lower(tiny, tmp_path / "out", recipe="mixed-5.5bit", progress=lambda label, _, __: done.append(label))
+    assert done == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) -> None:
+    prepared = driver.prepare(tiny, "int4", debug_dump=tmp_path / "dump")
+    names = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert names[0] == "00-trace.txt"
+    assert [name for name in names if name.endswith(".txt")][1:] == [
+        f"{number:02}-{step.name}.txt" for number, step in enumerate(prepared.passes, 1)
+    ]
+    events = [json.loads(line) for line in (tmp_path / "dump" / "events.jsonl").read_text().splitlines()]
+    assert [event["pass"] for event in events] == [str(step) for step in prepared.passes]
+    assert "hikui.linear" in (tmp_path / "dump" / "03-rtn.diff").read_text()
+
+
+def test_unknown_names_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no backend 'tvn'"):
+        driver.lower(tiny, tmp_path / "out", backend="tvn")
+    with pytest.raises(UsageError, match="Did you mean raspberry-pi-4"):
+        driver.lower(tiny, tmp_path / "out", target="raspbery-pi-4")
+    with pytest.raises(UsageError, match="Did you mean 'int4'"):
+        driver.lower(tiny, tmp_path / "out", recipe="int44")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_can_be_lowered_and_the_public_verbs_work(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    artefact = hikui.lower(model, tmp_path / "out", recipe="int8", tokenizer=tiny)
+    assert artefact.manifest.provenance.model == "LlamaForCausalLM"
+    with hikui.load(artefact.directory) as loaded:
+        _, result = loaded.generate("Hi", max_new_tokens=3, ignore_eos=True)
+    assert len(result.tokens) == 3
+    assert hikui.trace is trace
+    with pytest.raises(AttributeError, match="no attribute 'lowr'"):
+        _ = hikui.lowr
+
+
+def test_a_killed_run_leaves_no_half_artefact(tiny: Path, prepared: driver.Prepared, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = subprocess.Popen(lower_command(tiny, output), stderr=subprocess.DEVNULL)
+    try:
+        # Killed when the backend has begun to write.
+        deadline = time.monotonic() + 120
+        while not any(tmp_path.glob(".out.*.partial/content/*")):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not output.exists()
+    artefact = driver.build(prepared, output)
+    assert verify_artefact.check_files(artefact).passed
+    # Of the killed run only what it had finished is there.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.resume", "out"]
+
+
+def test_a_full_disk_leaves_nothing_and_says_so_in_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    def limit() -> None:
+        # No file may grow beyond this, as on a full disk; the runtime library that goes into the artefact is larger.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    done = subprocess.run(
+        lower_command(tiny, tmp_path / "out"), preexec_fn=limit, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert re.match(r"hikui: .*out cannot be written: File too large; make room", done.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.resume"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(HikuiError, match="cannot be written: Permission denied; choose another -o"):
+            driver.lower(tiny, tmp_path / "out")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_too_little_room_is_told_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(HikuiError, match=r"has room for \d+ MB, and \d+ MB are needed; make room or choose another -o"):
+        require_room(tmp_path, 10**18)
+    require_room(tmp_path, 1000)
+
+
+def test_what_was_finished_stays_until_the_artefact_is_there(
+    tiny: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, rounded = tmp_path / "artefact", 0
+    options = {"recipe": "gptq-qep-2bit", "calibration": stories}
+    round_site = Packer._round
+
+    def counted(*args: Any) -> Packed:
+        nonlocal rounded
+        rounded += 1
+        return round_site(*args)
+
+    def fail(*_: object) -> None:
+        raise HikuiError("The compiler is gone.")
+
+    monkeypatch.setattr(Packer, "_round", counted)
+    with monkeypatch.context() as broken:
+        broken.setattr(driver, "assemble", fail)
+        with pytest.raises(HikuiError, match="compiler is gone"):
+            driver.lower(tiny, output, **options)  # type: ignore[arg-type]
+    first, kept = rounded, driver.resume_folder(output)
+    assert first > 10
+    assert not output.exists()
+    assert len(list(kept.iterdir())) == 1
+    (kept / "of another run").mkdir()
+    resumed = driver.lower(tiny, output, **options)  # type: ignore[arg-type]
+    assert rounded == first
+    assert not kept.exists()
+    anew = driver.lower(tiny, tmp_path / "anew", resume=False, **options)  # type: ignore[arg-type]
+    assert rounded == 2 * first
+    assert inventory(anew.directory) == inventory(resumed.directory)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anew", "artefact"]
+
+
+def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(HikuiError, match=r"Pass gptq: It needs about .* and 0.00 GB of memory are there; use fewer"):
+        driver.lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, memory=1000)
+    assert not (tmp_path / "out").exists()

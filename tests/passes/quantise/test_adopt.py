@@ -1,0 +1,393 @@
+"""adopt: what GPTQ and AWQ left, packed without a change, against integers; and what it costs where that cannot be."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hikui.lowering.app import lower as driver
+from hikui.lowering.app.runners import open_runner
+from hikui.lowering.artefact import verify as verify_artefact
+from hikui.lowering.checkpoint.folder import Checkpoint
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Format, unpack, unpack_codes
+from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
+from hikui.lowering.ir.sizes import measure
+from hikui.lowering.pipeline.contract import PassContext
+from hikui.lowering.trace import trace
+from hikui.passes import Adopt
+from hikui.passes.graph import aten, float_sites, hikui, is_weight, sites
+from hikui.passes.quantise.columns import order_of
+from hikui.passes.quantise.rounding import dequantise, round_matrix
+from tests.lowering.checkpoint.quantised_folders import (
+    Grid,
+    awq,
+    awq_config,
+    gptq,
+    gptq_config,
+    random_grid,
+    write_matrices,
+    write_model,
+)
+from tests.passes.helpers import (
+    SMALL_VOCABULARY,
+    assert_same,
+    assert_settled,
+    calibration,
+    calls,
+    check,
+    lower,
+    program_of,
+    random,
+    run,
+)
+
+Q, K, V = (f"model.layers.0.self_attn.{name}_proj" for name in "qkv")
+
+
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of symmetric 4 bits with act-order."""
+    folder = tmp_path_factory.mktemp("ordered")
+    write_model(folder, act_order=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def traced(ordered: Path) -> Program:
+    return lower(trace(ordered), "canonicalise")
+
+
+def one_site(folder: Path, grid: Grid, method: str = "gptq") -> Program:
+    """A program with one site, whose matrix comes from a checkpoint."""
+    n, k = grid.fields.shape
+
+    def body(x: Tensor, a__weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, a__weight)
+
+    program = program_of(body, embedding=random(SMALL_VOCABULARY, k), a__weight=torch.zeros(n, k))
+    config = gptq_config(grid.bits, sym=False, checkpoint_format="gptq_v2") if method == "gptq" else awq_config()
+    config["group_size"] = k // grid.zeros.shape[1] if k % grid.zeros.shape[1] == 0 else 64
+    parts = gptq(grid, stored_less=0) if method == "gptq" else awq(grid)
+    program.store.alias("a.weight", Checkpoint.open(write_matrices(folder, config, {"a": parts})).tensors["a.weight"])
+    return lower(program, "canonicalise")
+
+
+def adopted(program: Program, **options: object) -> tuple[Program, list[str]]:
+    result = Adopt(**options).run(program, PassContext())  # type: ignore[arg-type]
+    assert result.modified
+    return result.program, result.notes
+
+
+def held(program: Program) -> tuple[Format, Tensor, Tensor]:
+    """Format, codes in the order of the checkpoint's columns, and dequantised matrix of the only site."""
+    (node,) = sites(program)
+    fmt, order = Format.parse(str(node.args[4])), order_of(program, node)
+    weight, scale = (program.store.load(program.weight_of(at)) for at in node.args[1:3] if is_weight(at))
+    n, k = int(node.args[5]), int(node.args[0].meta["val"].shape[-1])  # type: ignore[arg-type, union-attr]
+    codes, dense = unpack_codes(fmt, weight, n, k), unpack(fmt, weight, scale, n, k)
+    if order is None:
+        return fmt, codes, dense
+    back = torch.argsort(order)
+    return fmt, codes[:, back], dense[:, back]
+
+
+def limited(grid: Grid, low: int, high: int, zero: int) -> Grid:
+    """The grid with codes from `low` to `high` alone, around one zero."""
+    codes = grid.fields % (high - low + 1) + low
+    return replace(grid, fields=codes + zero, zeros=np.full_like(grid.zeros, zero))
+
+
+# ── the program ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_text(traced: Program) -> None:
+    check(
+        lower(traced, "adopt{sites=self_attn},dead_code"),
+        """
+        // CHECK: %w_model_layers_0_self_attn_q_proj_weight_int4_g32 = weight
+        // CHECK-SAME: "model.layers.0.self_attn.q_proj.weight.int4-g32" : u8[4, 8, 16, 4]
+        // CHECK: %[[X:.*]] = aten.index_select(%{{.*}}, -1, %[[ORDER:w_.*order]]) : f32[1, T, 64]
+        // CHECK-NEXT: hikui.linear(%[[X]], %w_model_layers_0_self_attn_q_proj_weight_int4_g32,
+        // CHECK-SAME: "int4-g32", 64) : f32[1, T, 64]
+        // CHECK: hikui.linear(%[[X]], %w_model_layers_0_self_attn_k_proj_weight_int4_g32,
+        // CHECK: hikui.linear(%[[X]], %w_model_layers_0_self_attn_v_proj_weight_int4_g32,
+        """,
+    )
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_logits_are_those_of_the_floats(method: str, ordered: Path, tmp_path: Path) -> None:
+    if method == "awq":
+        write_model(tmp_path, method="awq", symmetric=False)
+    program = lower(trace(ordered if method == "gptq" else tmp_path), "canonicalise")
+    out = lower(program, "adopt")
+    assert {node.meta[SITE] for node in float_sites(out)} == {"lm_head"}
+    assert {node.meta[FORMAT] for node in sites(out) if FORMAT in node.meta} == (
+        {"int4-g32"} if method == "gptq" else {"int8-g32"}
+    )
+    assert_same(program, out)
+    assert_settled(Adopt(), out)
+
+
+def test_sites_that_share_an_order_share_a_gather(traced: Program) -> None:
+    out = lower(traced, "adopt,dead_code")
+    groups = {node.meta[GROUP] for node in sites(out) if node.meta[SITE] != "lm_head"}
+    assert len(calls(out, aten.index_select.default)) == len(groups) == 4
+    sizes = {site.name: site for site in measure(out).sites}
+    # The order counts at the first of the three that read it.
+    packed = Format("int4", 32)
+    assert sizes[Q].nbytes == packed.nbytes(64, 64) + 64 * 4
+    assert sizes[K].nbytes == sizes[V].nbytes == packed.nbytes(32, 64)
+
+
+def test_sites_with_orders_of_their_own_have_gathers_of_their_own(tmp_path: Path) -> None:
+    other = random_grid(32, 64, act_order=True, seed=77)
+    write_model(tmp_path, act_order=True, grids={K: other})
+    program = lower(trace(tmp_path), "canonicalise")
+    out = lower(program, "adopt")
+    read = {node.meta[SITE]: node.args[0] for node in sites(out)}
+    assert read[Q] is read[V]
+    assert read[K] is not read[Q]
+    assert_same(program, out)
+
+
+def test_matrices_that_the_module_keeps_transposed_are_adopted_too(tmp_path: Path) -> None:
+    write_model(tmp_path, family="gpt2")
+    program = lower(trace(tmp_path), "canonicalise")
+    out = lower(program, "adopt")
+    assert len(calls(out, hikui.linear.default)) == 4
+    assert_same(program, out)
+
+
+def test_a_branch_finds_nothing_left_to_take_up(traced: Program) -> None:
+    """It compares with the matrix that the site came from, in the order of its columns."""
+    out = lower(traced, f"calibrate,adopt,sub_branch{{rank=2,sites={Q}}}", calibration(traced))
+    branch = out.store.load(f"{Q}.branch.b") @ out.store.load(f"{Q}.branch.a")
+    assert branch.shape == (64, 64)
+    assert not bool(branch.any())
+
+
+@pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
+def test_a_folder_is_lowered_to_an_artefact_that_verifies(backend: str, ordered: Path, tmp_path: Path) -> None:
+    artefact = driver.lower(ordered, tmp_path / "out", recipe="adopt", backend=backend)
+    assert verify_artefact.check_numbers(artefact, lambda: open_runner(artefact)).passed
+    report = json.loads((artefact.directory / "report.json").read_text())
+    assert len(report["sites"]) == 8
+    for site in report["sites"]:
+        assert (site["weight_error"] == 0) == (site["name"] != "lm_head")
+
+
+# ── which format ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize(
+    ("bits", "low", "high", "zero", "kind"),
+    [
+        (4, -8, 7, 8, "int4"),
+        (4, -7, 8, 7, "int4"),
+        (4, -5, 10, 5, "int8"),
+        (4, 0, 15, 0, "int8"),
+        (4, -1, 1, 8, "ternary"),
+        (3, -4, 3, 4, "int4"),
+        (2, -2, 1, 2, "int4"),
+        (2, -1, 1, 2, "ternary"),
+        (2, -1, 2, 1, "int4"),
+        (8, -127, 127, 128, "int8"),
+        (8, -8, 7, 128, "int4"),
+    ],
+)
+def test_the_smallest_kind_that_holds_every_code(
+    tmp_path: Path, bits: int, low: int, high: int, zero: int, kind: str, act_order: bool
+) -> None:
+    grid = limited(random_grid(32, 96, bits=bits, act_order=act_order, seed=bits), low, high, zero)
+    assert {low, high} <= set((grid.fields - zero).flatten().tolist())
+    out, notes = adopted(one_site(tmp_path, grid))
+    fmt, codes, dense = held(out)
+    assert str(fmt) == f"{kind}-g32"
+    assert torch.equal(dense, grid.matrix())
+    assert codes.abs().tolist() == np.abs(grid.fields - zero).tolist()
+    assert notes[0] == f"a: {kind}-g32, as gptq left it in {bits} bits"
+    assert ("a: its columns stand in the order of g_idx" in notes) == act_order
+
+
+@pytest.mark.parametrize(("odd", "kind"), [((-1, 1), "sign"), ((-3, -1, 1, 3), "int2"), ((-7, -1, 3, 5), "int3")])
+def test_odd_codes_alone(tmp_path: Path, odd: tuple[int, ...], kind: str) -> None:
+    grid = random_grid(32, 80)
+    grid = replace(grid, fields=8 + np.array(odd)[grid.fields % len(odd)])
+    fmt, codes, dense = held(adopted(one_site(tmp_path, grid))[0])
+    assert str(fmt) == f"{kind}-g32"
+    assert torch.equal(dense, grid.matrix())
+    assert codes.tolist() == (grid.fields - 8).tolist()
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_asymmetric_zeros_take_int8(tmp_path: Path, method: str) -> None:
+    grid = random_grid(32, 96, symmetric=False)
+    fmt, codes, dense = held(adopted(one_site(tmp_path, grid, method))[0])
+    assert str(fmt) == "int8-g32"
+    assert torch.equal(dense, grid.matrix())
+    assert codes.tolist() == (grid.fields - np.repeat(grid.zeros, 32, axis=1)).tolist()
+
+
+def test_groups_turn_one_by_one(tmp_path: Path) -> None:
+    """Zeros of 7 and 8 side by side: a group whose codes reach 8 gets a scale below zero."""
+    grid = random_grid(16, 64)
+    zeros = np.random.default_rng(1).integers(7, 9, grid.zeros.shape)
+    fmt, _, dense = held(adopted(one_site(tmp_path, replace(grid, zeros=zeros)))[0])
+    assert str(fmt) == "int4-g32"
+    assert torch.equal(dense, replace(grid, zeros=zeros).matrix())
+
+
+@pytest.mark.parametrize(
+    ("k", "group", "name"),
+    [
+        (96, 32, "int4-g32"),
+        (96, 64, "int4-g64"),
+        (320, 128, "int4-g128"),
+        (512, 256, "int4-g128"),
+        (192, 96, "int4-g32"),
+        (320, -1, "int4-channel"),
+        (64, 128, "int4-channel"),
+    ],
+)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_groups(tmp_path: Path, k: int, group: int, name: str, act_order: bool) -> None:
+    grid = random_grid(16, k, group=group, act_order=act_order)
+    fmt, _, dense = held(adopted(one_site(tmp_path, grid))[0])
+    assert str(fmt) == name
+    assert torch.equal(dense, grid.matrix())
+
+
+def test_parts_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = random_grid(72, 96, act_order=True, seed=4)
+    program = one_site(tmp_path, grid)
+    whole = held(adopted(program)[0])
+    monkeypatch.setattr("hikui.passes.quantise.packing._PART", 96 * 32)
+    parts = held(adopted(program)[0])
+    assert parts[0] == whole[0]
+    assert torch.equal(parts[1], whole[1])
+    assert torch.equal(parts[2], whole[2])
+
+
+def test_the_program_computes_with_the_matrix(tmp_path: Path) -> None:
+    grid = random_grid(24, 96, act_order=True)
+    out, _ = adopted(one_site(tmp_path, grid))
+    tokens = torch.arange(6)[None]
+    want = random(SMALL_VOCABULARY, 96)[tokens].double() @ grid.matrix().double().t()
+    got, _ = run(out, tokens, decode=2)
+    assert float((got.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+# ── what cannot be held ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_codes_of_128_below_zero_become_127(tmp_path: Path) -> None:
+    grid = limited(random_grid(16, 64, bits=8), -128, 127, 128)
+    codes = grid.fields - 128
+    lowest = int((codes == -128).sum())
+    assert lowest
+    program = one_site(tmp_path, grid)
+    out, notes = adopted(program)
+    fmt, got, dense = held(out)
+    assert str(fmt) == "int8-g32"
+    assert got.tolist() == np.maximum(codes, -127).tolist()
+    want = grid.matrix().double()
+    error = float((dense.double() - want).norm() / want.norm())
+    assert f"a: {lowest} of 1024 codes were -128 and are -127 now, relative error {error:.3g}" in notes
+    with pytest.raises(
+        HikuiError, match=rf"Site a .*: {lowest} of its codes are -128, which int8 does not hold; .*lossy"
+    ):
+        adopted(program, saturate=False)
+
+
+def test_lossy_rounds_what_would_take_more_bits_and_says_by_how_much(tmp_path: Path) -> None:
+    grid = random_grid(16, 96, symmetric=False, act_order=True)
+    out, notes = adopted(one_site(tmp_path, grid), lossy="int4-g64")
+    fmt, _, dense = held(out)
+    assert fmt == Format("int4", 64)
+    want = grid.matrix()
+    assert torch.equal(dense, dequantise(round_matrix(want, fmt), fmt))
+    error = float((dense - want).double().norm() / want.double().norm())
+    assert notes[0] == f"a: rounded to int4-g64, because its codes take int8; relative error {error:.3g}"
+    assert error > 0.01
+    assert not calls(out, aten.index_select.default)
+
+
+def test_lossy_leaves_what_fits_as_it_is(tmp_path: Path) -> None:
+    grid = random_grid(16, 96)
+    fmt, _, dense = held(adopted(one_site(tmp_path, grid), lossy="int4-g64")[0])
+    assert fmt == Format("int4", 32)
+    assert torch.equal(dense, grid.matrix())
+
+
+@pytest.mark.parametrize(
+    ("grid", "words"),
+    [
+        (random_grid(16, 64, group=16), "it has a group of 16 columns, and ours are multiples of 32"),
+        (limited(random_grid(16, 64, bits=8), 0, 255, 0), "its codes reach from 0 to 255, beyond int8"),
+        (replace(random_grid(16, 64), scale=torch.full((16, 2), 1 / 3)), "float16 does not hold its scales"),
+    ],
+)
+def test_what_no_format_holds_is_refused_or_rounded(tmp_path: Path, grid: Grid, words: str) -> None:
+    program = one_site(tmp_path, grid)
+    with pytest.raises(HikuiError, match=f"Site a cannot be adopted as it is: {re.escape(words)}"):
+        adopted(program)
+    out, notes = adopted(program, lossy="int8-g32")
+    fmt, _, dense = held(out)
+    assert fmt == Format("int8", 32)
+    assert words in notes[0]
+    want = grid.matrix()
+    assert float((dense - want).norm()) <= 0.01 * float(want.norm())
+    exact, notes = adopted(program, lossy="float32")
+    (node,) = sites(exact)
+    assert node.args[4] == "float32"
+    assert notes[0].endswith("relative error 0")
+
+
+def test_half_precision_that_overflows_is_refused(tmp_path: Path) -> None:
+    grid = replace(random_grid(16, 64), scale=torch.full((16, 2), 1e5))
+    with pytest.raises(HikuiError, match="beyond float16; take lossy=float32"):
+        adopted(one_site(tmp_path, grid), lossy="float16")
+    with pytest.raises(HikuiError, match="beyond float16; leave it out"):
+        adopted(one_site(tmp_path, replace(grid, scale=grid.scale * 1e5)), lossy="int4-g32")
+
+
+# ── which sites ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sites_can_be_chosen_left_out_and_given_to_rtn(traced: Program) -> None:
+    some = lower(traced, r"adopt{sites=layers\.0\.,skip=mlp}")
+    assert {node.meta[SITE].split(".")[3] for node in calls(some, hikui.linear.default)} == {"self_attn"}
+    given = lower(traced, "override{sites=q_proj,format=int8-g64},adopt,rtn{bits=8,group=32}")
+    formats = {node.meta[SITE]: node.args[4] for node in sites(given)}
+    assert formats[Q] == "int8-g64"
+    assert formats[K] == "int4-g32"
+    assert formats["lm_head"] == "int8-g32"
+
+
+def test_a_float_model_has_nothing_to_adopt() -> None:
+    program = lower(
+        program_of(torch.nn.functional.linear, embedding=random(SMALL_VOCABULARY, 32), weight=random(16, 32)),
+        "canonicalise",
+    )
+    with pytest.raises(HikuiError, match="No site comes from a GPTQ or AWQ checkpoint"):
+        lower(program, "adopt")
+
+
+def test_what_is_wrong_with_the_request(traced: Program) -> None:
+    with pytest.raises(UsageError, match="adopt cannot round to mixed-g32-c32"):
+        Adopt(lossy="mixed-g32-c32")
+    with pytest.raises(UsageError, match="int5"):
+        Adopt(lossy="int5-g32")
+    program = traced.clone()
+    for node in sites(program):
+        del node.meta[SITE]
+    with pytest.raises(HikuiError, match="run `canonicalise` first"):
+        Adopt().requires(program)

@@ -1,0 +1,179 @@
+"""gptq against the algorithm as it is printed, and against enumeration of all codes."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import Program
+from hikui.passes import Gptq
+from hikui.passes.measure.evidence import Evidence
+from hikui.passes.quantise.gptq import compensate
+from hikui.passes.quantise.rounding import Rounded, dequantise, group_codes, round_matrix
+from tests.passes.helpers import (
+    SMALL_VOCABULARY,
+    assert_settled,
+    calibration,
+    canonical,
+    check,
+    lower,
+    program_of,
+    random,
+    run,
+)
+
+DAMPING = 0.01
+
+
+def covariance(k: int, tokens: int = 400) -> Tensor:
+    """E[x·xᵀ] of activations that are correlated and of very different size."""
+    mixing = torch.eye(k) + 0.1 * random(k, k, seed=5)
+    x = (random(tokens, k, seed=6) * torch.linspace(0.1, 3, k)) @ mixing
+    return x.double().t() @ x.double() / tokens
+
+
+def printed(weight: Tensor, gram: Tensor, fmt: Format, *, act_order: bool, clip: str) -> Tensor:
+    """Algorithm 1 of Frantar et al., in float64 and column by column: the update with the Cholesky factor of H⁻¹."""
+    n, k = weight.shape
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    order = torch.arange(k)
+    if act_order:
+        order = torch.sort(damped.diagonal(), descending=True, stable=True).indices
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    left, out = weight.double()[:, order].clone(), torch.zeros(n, k, dtype=torch.float64)
+    scales, size = round_matrix(weight, fmt, clip).scale.clone(), fmt.group_size(k)
+    for at in range(k):
+        column = int(order[at])
+        if not act_order and fmt.group is not None and at % size == 0:
+            part = left[:, at : at + size].float()
+            scales[:, at // size] = round_matrix(part, Format(fmt.kind), clip).scale[:, 0]
+        scale = scales[:, column // size]
+        value = nearest_codes(left[:, at].float(), scale, fmt.kind).double() * scale.double()
+        out[:, column] = value
+        left[:, at:] -= torch.outer((left[:, at] - value) / factor[at, at], factor[at, at:])
+    return out
+
+
+def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
+    """The nearest codes to values [n], each with a scale of its own."""
+    return group_codes(values.unsqueeze(-1), scale, kind).squeeze(-1)
+
+
+def rounded(step: Gptq, weight: Tensor, gram: Tensor, fmt: Format) -> Rounded:
+    with Workers(1) as workers:
+        prepared = step.prepare(Evidence(gram=gram.clone()), workers)
+    return step.quantise(weight, fmt, None, prepared)
+
+
+def loss(difference: Tensor, gram: Tensor) -> float:
+    return float((difference.double() @ gram * difference.double()).sum())
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "int3-g64", "int2-channel", "nf4-g32", "sign-g64", "ternary-g128"])
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+def test_it_is_the_printed_algorithm(name: str, act_order: bool, clip: str) -> None:
+    fmt, weight, gram = Format.parse(name), random(19, 200), covariance(200)
+    step = Gptq(format=name, act_order=act_order, clip=clip, damping=DAMPING)  # type: ignore[arg-type]
+    got = dequantise(rounded(step, weight, gram, fmt), fmt).double()
+    want = printed(weight, gram, fmt, act_order=act_order, clip=clip)
+    # Two ways to the same column; where it lies at the middle of two codes they may part, which no row here does.
+    assert torch.equal(got, want)
+    nearest = dequantise(round_matrix(weight, fmt, clip), fmt)
+    assert loss(weight - got, gram) < 0.9 * loss(weight - nearest, gram)
+
+
+def test_mixed_columns_have_scales_of_their_own_kind() -> None:
+    fmt, weight, gram = Format.parse("mixed-g32-c64"), random(9, 160), covariance(160)
+    got = rounded(Gptq(format=str(fmt)), weight, gram, fmt)
+    assert set(got.codes[:, 64:].unique().tolist()) == {-1, 1}
+    assert got.codes[:, :64].unique().numel() > 4
+    assert loss(weight - dequantise(got, fmt), gram) < loss(weight - dequantise(round_matrix(weight, fmt), fmt), gram)
+
+
+def test_it_lies_between_the_best_codes_and_the_nearest_ones() -> None:
+    """Of all 3⁸ ternary rows with the same scale, the best one bounds what compensation can reach."""
+    fmt, k = Format.parse("ternary-channel"), 8
+    gram, total = covariance(k), {"best": 0.0, "gptq": 0.0, "nearest": 0.0}
+    every = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=k)))
+    for seed in range(20):
+        weight = random(1, k, seed=seed)
+        got = rounded(Gptq(format=str(fmt), damping=1e-9), weight, gram, fmt)
+        differences = weight - every * got.scale[0, 0]
+        total["best"] += float(torch.einsum("ri,ij,rj->r", differences.double(), gram, differences.double()).min())
+        total["gptq"] += loss(weight - dequantise(got, fmt), gram)
+        total["nearest"] += loss(weight - nearest_codes(weight[0], got.scale[0].expand(k), "ternary") * got.scale, gram)
+    assert total["best"] <= total["gptq"] * (1 + 1e-9)
+    assert total["gptq"] < total["nearest"]
+
+
+def test_uncorrelated_columns_are_rounded_to_nearest() -> None:
+    fmt, weight = Format.parse("int3-g32"), random(7, 96)
+    got = rounded(Gptq(format=str(fmt)), weight, torch.eye(96, dtype=torch.float64), fmt)
+    want = round_matrix(weight, fmt)
+    assert torch.equal(got.codes, want.codes)
+    assert torch.equal(got.scale, want.scale)
+
+
+def test_the_rows_do_not_see_each_other() -> None:
+    fmt, weight, gram = Format.parse("int3-g64"), random(40, 128), covariance(128)
+    with Workers(1) as workers:
+        factor = Gptq(act_order=False).prepare(Evidence(gram=gram.clone()), workers)
+    whole = compensate(weight, fmt, factor, "mse")
+    parts = [compensate(part, fmt, factor, "mse") for part in weight.split(16)]
+    assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
+    assert torch.equal(whole.scale, torch.cat([part.scale for part in parts]))
+
+
+def two_sites() -> Program:
+    def body(x: Tensor, a__weight: Tensor, b__weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(torch.tanh(torch.nn.functional.linear(x, a__weight)), b__weight)
+
+    weights = {"a__weight": random(70, 40, seed=1), "b__weight": random(SMALL_VOCABULARY, 70, seed=3)}
+    return lower(program_of(body, embedding=random(SMALL_VOCABULARY, 40), **weights), "canonicalise")
+
+
+def test_text() -> None:
+    program = two_sites()
+    check(
+        lower(program, "gptq{bits=3,group=32}", calibration(program)),
+        """
+        // CHECK: %w_a_weight_int3_g32 = weight "a.weight.int3-g32" : u8[5, 6, 16, 4]
+        // CHECK: hikui.linear(%{{.*}}, %w_a_weight_int3_g32, %w_a_weight_int3_g32_scale, None, "int3-g32", 70)
+        // CHECK-SAME: site=a group=a format=int3-g32
+        // CHECK: hikui.linear(%{{.*}}, %w_b_weight_int3_g32, %w_b_weight_int3_g32_scale, None, "int3-g32", 24)
+        // CHECK-SAME: site=b group=b format=int3-g32
+        """,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_logits_are_nearer_than_those_of_nearest_codes(family: str) -> None:
+    program = canonical(family)
+    data = calibration(program, chunks=12)
+    want = [run(program, chunk)[0] for chunk in data.chunks]
+    errors = {}
+    for name in ("rtn{bits=3,group=32}", "gptq{bits=3,group=32}", "gptq{bits=3,group=32,inputs=float}"):
+        rounded_program = lower(program, name, data)
+        errors[name] = sum(
+            float((run(rounded_program, chunk)[0] - logits).square().mean())
+            for chunk, logits in zip(data.chunks, want, strict=True)
+        )
+    nearest, *compensated = errors.values()
+    assert max(compensated) < nearest
+
+
+def test_settled_and_refused() -> None:
+    program = canonical("llama")
+    data = calibration(program)
+    assert_settled(Gptq(), lower(program, "gptq", data), data)
+    with pytest.raises(HikuiError, match="Pass gptq: It follows real text through the model and none was given"):
+        lower(program, "gptq")
+    with pytest.raises(UsageError, match="damping is above 0"):
+        Gptq(damping=0)
+    with pytest.raises(UsageError, match="gptq cannot round to 16 bits; it takes 1, 2, 3, 4, 8"):
+        Gptq(bits=16)
