@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from hikui.lowering.ir.program import BLOCK, CORRECTION, FORMAT, GROUP, SENSITIVITY, SITE, Program
+from hikui.lowering.ir.program import BLOCK, CORRECTION, FORMAT, GROUP, SENSITIVITY, SITE, WEIGHT, Program
 
 _DTYPES = {
     torch.float32: "f32",
@@ -81,7 +81,7 @@ def _lines(program: Program) -> Iterable[str]:
     yield f"program {config.architecture} context={config.context_length} vocabulary={config.vocabulary}"
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            kind = f' weight "{program.weight_of(node)}"' if "hikui.weight" in node.meta else " input"
+            kind = f' weight "{program.weight_of(node)}"' if WEIGHT in node.meta else " input"
             yield f"  %{node.name} ={kind} : {_type(node.meta['val'], symbols)}"
         elif node.op == "output":
             yield f"  return {', '.join(map(_argument, program.outputs()))}"

@@ -9,18 +9,15 @@ from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.program import SITE, STATISTICS, Program
+from hikui.lowering.ir.program import SITE, STATISTICS, TRANSFORMED, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, pattern, selected, sites
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.transform.folding import Fold, find_fold, fold
 
-TRANSFORMED = "hikui.transformed"
-"""Metadata of a site: the names of the transforms that were folded around what it reads, a tuple."""
-
 
 @dataclass(frozen=True)
-class Choice:
+class Factor:
     """What a transform has chosen for a group.
 
     Attributes:
@@ -52,7 +49,7 @@ class Scaling(Pass):
             pattern(getattr(self, option), option)
 
     @abstractmethod
-    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Factor:
         """The factors of a group."""
 
     def requires(self, program: Program) -> None:
@@ -99,7 +96,7 @@ class Scaling(Pass):
 
     def _attempt(
         self, work: Program, members: list[fx.Node], chosen: set[fx.Node], workers: Workers
-    ) -> Choice | NoMatch:
+    ) -> Factor | NoMatch:
         left = [node for node in members if node not in chosen]
         if left:
             return NoMatch(f"its site {left[0].meta[SITE]} is not among the chosen ones", left[0].name)

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from hikui.lowering.app import lower as driver
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.evaluation.error_table import BRANCH, ErrorTable, SiteError, error_table, is_float
+from hikui.lowering.evaluation.error_table import ErrorTable, SiteError, error_table, is_float
 from hikui.lowering.ir.interpreter import Interpreter
-from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.program import BRANCH, SITE, Program
 from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
 from hikui.lowering.trace import trace
@@ -169,7 +169,7 @@ def test_a_branch_that_stands_beside_its_site_counts_as_the_fused_one(traced: Pr
 
 
 def test_columns_in_another_order_are_compared_column_by_column(traced: Program) -> None:
-    from hikui.passes.quantise.columns import order_of
+    from tests.passes.helpers import order_of
 
     floats, lowered = lower(
         traced, "calibrate,rtn{format=mixed-g32-c32},pack{format=float32},activation,fuse,dead_code"

@@ -11,7 +11,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import KINDS, Format
 from hikui.lowering.ir.program import Program
 from hikui.passes import Gptq
-from hikui.passes.measure.evidence import Evidence
+from hikui.passes.measure.evidence import OwnEvidence
 from hikui.passes.quantise.gptq import compensate
 from hikui.passes.quantise.rounding import Rounded, dequantise, group_codes, round_matrix
 from tests.passes.helpers import (
@@ -98,8 +98,8 @@ def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
 
 def rounded(step: Gptq, weight: Tensor, gram: Tensor, fmt: Format) -> Rounded:
     with Workers(1) as workers:
-        prepared = step.prepare(Evidence(gram=gram.clone()), workers)
-    return step.quantise(weight, fmt, None, prepared)
+        prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers)
+    return step.quantise(weight, fmt, prepared)
 
 
 def loss(difference: Tensor, gram: Tensor) -> float:
@@ -153,7 +153,7 @@ def test_uncorrelated_columns_are_rounded_to_nearest() -> None:
 def test_the_rows_do_not_see_each_other() -> None:
     fmt, weight, gram = Format.parse("int3-g64"), random(40, 128), covariance(128)
     with Workers(1) as workers:
-        factor = Gptq(act_order=False).prepare(Evidence(gram=gram.clone()), workers)
+        factor = Gptq(act_order=False).prepare(OwnEvidence(gram=gram.clone()), workers)
     whole = compensate(weight, fmt, factor, "mse")
     parts = [compensate(part, fmt, factor, "mse") for part in weight.split(16)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
