@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering.app import lower as driver
-from hikui.lowering.app.lower import Prepared
+from hikui.lowering.app.lower import BACKENDS, Prepared, build, prepare
+from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.manifest import Artefact
@@ -70,17 +70,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    recipe = driver.load_recipe("int4-branch")
-    fused = driver.prepare(options.model, recipe, calibration=options.calibration)
-    unfused = driver.prepare(
-        options.model, recipe.with_options({"fuse": {"branch": False}}), calibration=options.calibration
+    recipe = load_recipe("int4-branch")
+    fused = prepare(Request(options.model, recipe, calibration=options.calibration))
+    unfused = prepare(
+        Request(options.model, recipe.with_options({"fuse": {"branch": False}}), calibration=options.calibration)
     )
     sites = sum("linear_a8_branch" in str(node.target) for node in fused.program.graph.nodes)
     figures: dict[str, object] = {"sites": sites, "interpreter_difference": difference(fused, unfused)}
     with tempfile.TemporaryDirectory() as folder:
-        for backend in driver.BACKENDS:
+        for backend in BACKENDS:
             pair = {
-                name: driver.build(prepared, Path(folder) / f"{backend}-{name}", backend=backend)
+                name: build(prepared, Path(folder) / f"{backend}-{name}", backend=backend)
                 for name, prepared in (("fused", fused), ("unfused", unfused))
             }
             runners = {name: open_runner(artefact) for name, artefact in pair.items()}

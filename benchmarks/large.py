@@ -43,11 +43,12 @@ def child(options: argparse.Namespace) -> None:
     """Quantises the first blocks and prints the figures."""
     import torch
 
-    from hikui.lowering.app import lower as driver
+    from hikui.lowering.app.lower import read_calibration
     from hikui.lowering.engine.streaming import Stream
     from hikui.lowering.pipeline.contract import PassContext
     from hikui.lowering.pipeline.recipe import CalibrationSettings
-    from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+    from hikui.lowering.pipeline.run import Pipeline
+    from hikui.lowering.pipeline.text import parse_pipeline
     from hikui.lowering.trace import trace
     from hikui.passes import PASSES
     from hikui.passes.measure import linalg
@@ -68,7 +69,7 @@ def child(options: argparse.Namespace) -> None:
         program = trace(options.checkpoint, scratch=Path(folder), context=options.context)
         traced = time.perf_counter() - start
         settings = CalibrationSettings(samples=options.samples, tokens=options.tokens)
-        data = driver.read_calibration(program, options.calibration, settings)
+        data = read_calibration(program, options.calibration, settings)
         said: list[str] = []
         context = PassContext(data, Path(folder), announce=said.append)
         program = Pipeline(parse_pipeline("canonicalise", PASSES)).run(program, context)

@@ -26,7 +26,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import build, prepare
+from hikui.lowering.app.request import Request
 from hikui.lowering.app.runners import is_foreign, open_runner
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
@@ -109,7 +110,7 @@ def nudged(program: Program, seed: int) -> Program:
 
 def compare(model: str, recipe: str, count: int, calibration: Path | None) -> list[Row]:
     """All ways for one model."""
-    prepared = driver.prepare(model, recipe, calibration=calibration)
+    prepared = prepare(Request(model, recipe, calibration=calibration))
     program = prepared.program
     assert program.tokenizer is not None, "the models of this comparison have tokenizers"
     codec = TextCodec(program.tokenizer)
@@ -126,7 +127,7 @@ def compare(model: str, recipe: str, count: int, calibration: Path | None) -> li
     for backend, target in WAYS:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            artefact = driver.build(prepared, Path(folder) / "out", target=target, backend=backend)
+            artefact = build(prepared, Path(folder) / "out", target=target, backend=backend)
             built = time.perf_counter()
             runner = open_runner(artefact, emulate=is_foreign(artefact))
             got = greedy(runner, prompt, count)

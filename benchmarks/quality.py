@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import BACKENDS, build, prepare
+from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import text
 from hikui.lowering.evaluation import protocols
@@ -51,8 +52,8 @@ class Row:
 def variants() -> Iterator[tuple[str, Recipe]]:
     """The rows of the table; the float model comes first."""
     for name in ("float", "int8", "int4", "int4-branch"):
-        yield name, driver.load_recipe(name)
-    mixed = driver.load_recipe("mixed-5.5bit")
+        yield name, load_recipe(name)
+    mixed = load_recipe("mixed-5.5bit")
     for metric in ("output", "pbar", "weight"):
         yield f"mixed-5.5bit, {metric}", mixed.with_options({"sensitivity": {"metric": metric}})
     for seed in range(RANDOM_SEEDS):
@@ -63,7 +64,7 @@ def measure(model: str, path: Path, calibration: Path, backend: str, count: int)
     """One row a variant."""
     reference: np.ndarray | None = None
     for name, recipe in variants():
-        prepared = driver.prepare(model, recipe, calibration=calibration)
+        prepared = prepare(Request(model, recipe, calibration=calibration))
         program = prepared.program
         assert program.tokenizer is not None, "the models of this table have tokenizers"
         codec, config = text.TextCodec(program.tokenizer), program.config
@@ -71,7 +72,7 @@ def measure(model: str, path: Path, calibration: Path, backend: str, count: int)
             text.read_documents(path), codec, bos=config.bos_token_id, context=config.context_length, limit=count
         )
         with tempfile.TemporaryDirectory() as folder:
-            runner = open_runner(driver.build(prepared, Path(folder) / "artefact", backend=backend))
+            runner = open_runner(build(prepared, Path(folder) / "artefact", backend=backend))
             found = [evaluation.quality(runner, [ids], codec, bos=config.bos_token_id)[0] for ids in documents]
             runner.close()
         bits = np.array([one.nats for one in found]) / math.log(2)
@@ -97,7 +98,7 @@ def main() -> None:
     parser.add_argument("--model", default="reference")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--backend", choices=driver.BACKENDS, default=driver.BACKENDS[0])
+    parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument("--documents", type=int, default=150)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

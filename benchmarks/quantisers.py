@@ -19,7 +19,8 @@ from functools import lru_cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import read_calibration
+from hikui.lowering.app.request import Request, available_passes
 from hikui.lowering.artefact import text
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.evaluation import protocols
@@ -104,7 +105,7 @@ class Bench:
     """A model and the documents that it is measured on, traced and encoded once a process."""
 
     def __init__(self, model: str, path: str, count: int) -> None:
-        self.program = trace(driver.model_source(model))
+        self.program = trace(Request(model).source)
         assert self.program.tokenizer is not None, "the models of this table have tokenizers"
         self._codec, config = text.TextCodec(self.program.tokenizer), self.program.config
         self._bos = config.bos_token_id
@@ -127,9 +128,9 @@ def measure(run: Run) -> dict[str, object]:
     there = bench(run.model, run.text, run.documents)
     steps = Recipe.model_validate({"schema": 1, "name": run.method, "passes": run.passes})
     settings = CalibrationSettings(seed=run.seed)
-    data = driver.read_calibration(there.program, Path(run.calibration), settings)
+    data = read_calibration(there.program, Path(run.calibration), settings)
     start = time.perf_counter()
-    program = Pipeline(steps.build(driver.available_passes())).run(there.program, PassContext(data))
+    program = Pipeline(steps.build(available_passes())).run(there.program, PassContext(data))
     seconds = time.perf_counter() - start
     return {
         **run.named,

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import BACKENDS, build, prepare
+from hikui.lowering.app.request import Request
 from hikui.lowering.app.runners import load
 from hikui.lowering.artefact.generate import generate
 from hikui.lowering.artefact.target import machine_triple, resolve
@@ -65,7 +66,7 @@ def compare(reference: ReferenceRunner, prompt: list[int], expected: list[int], 
 def main(folder: Path) -> int:
     """Runs the demonstration; the exit status is 0 where all texts are equal."""
     start = time.perf_counter()
-    prepared = driver.prepare(MODEL, RECIPE)
+    prepared = prepare(Request(MODEL, RECIPE))
     config = prepared.program.config
     assert prepared.program.tokenizer is not None, "the reference model has its tokenizer"
     codec = TextCodec(prepared.program.tokenizer)
@@ -76,14 +77,14 @@ def main(folder: Path) -> int:
     print(f"{'interpreter':<30} {len(expected)} tokens, {time.perf_counter() - start:.0f} s", flush=True)
     equal = True
     for target, missing in boards():
-        for backend in driver.BACKENDS:
+        for backend in BACKENDS:
             name = f"{backend} on {target}"
             if missing is not None:
                 print(f"{name:<30} left out: {missing}")
                 continue
             start = time.perf_counter()
             try:
-                artefact = driver.build(prepared, folder / f"{backend}-{target}", target=target, backend=backend)
+                artefact = build(prepared, folder / f"{backend}-{target}", target=target, backend=backend)
                 with load(artefact.directory, emulate=target != "host") as model:
                     _, result = model.generate(PROMPT, max_new_tokens=TOKENS)
             except HikuiError as error:

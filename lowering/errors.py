@@ -8,6 +8,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
+DEFECT = 3
+"""Exit status of what is no fault of the input: a broken promise, or an error that nobody foresaw."""
+
 
 class HikuiError(Exception):
     """Something in the input, the machine or the artefact makes the work impossible."""
@@ -23,6 +26,8 @@ class UsageError(HikuiError):
 
 class VerificationError(HikuiError):
     """A program breaks an invariant: a pass is at fault, not the user's input."""
+
+    exit_code: ClassVar[int] = DEFECT
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

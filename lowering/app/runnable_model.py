@@ -1,10 +1,11 @@
 """What `hikui eval` and `hikui compare` measure: an artefact, or a model in the interpreter, through one interface."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hikui.lowering.app import lower as driver
 from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.lower import prepare
+from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import text
 from hikui.lowering.artefact.generate import Runner
@@ -13,9 +14,6 @@ from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.interpreter import ReferenceRunner
-from hikui.lowering.pipeline.recipe import Recipe
-from hikui.lowering.progress import Progress, no_progress
-from hikui.lowering.trace import trace
 
 
 @dataclass(frozen=True)
@@ -42,58 +40,31 @@ class RunnableModel:
 
 
 def open_runnable_model(
-    model: str | Path,
-    *,
-    recipe: str | Path | Recipe | None = None,
-    calibration: Path | None = None,
-    context: int | None = None,
-    target_bpw: float | None = None,
-    tokenizer: Path | None = None,
-    emulate: bool = False,
-    keep_floats: bool = False,
-    progress: Progress = no_progress,
+    request: Request, execution: Execution = Execution(), *, emulate: bool = False, keep_floats: bool = False
 ) -> RunnableModel:
-    """Opens an artefact, or a model for the interpreter, through a recipe's passes where one is given.
+    """Opens an artefact, or a model for the interpreter, through a recipe's passes where the request has one.
 
-    `keep_floats` is what `driver.prepare` takes, for a table of layers.
+    Args:
+        request: its model may be an artefact's folder.
+        execution: how the passes are run.
+        emulate: run an artefact for another architecture under qemu-user.
+        keep_floats: keep the last program whose sites were all float, for a table of layers.
 
     Raises:
         UsageError: options for a model were given with an artefact.
         HikuiError: it cannot be opened, or has no tokenizer.
     """
-    if is_artefact(Path(model)):
-        if recipe is not None or calibration is not None or target_bpw is not None or context is not None:
-            raise UsageError(f"{model} is an artefact, whose recipe and context are fixed; give a model to try others.")
-        artefact = Artefact.load(model)
-        taken = artefact.manifest.sizes
-        return RunnableModel(
-            f"artefact, {artefact.manifest.backend} for {artefact.manifest.target.name}",
-            open_runner(artefact, emulate=emulate),
-            artefact.codec() if tokenizer is None else TextCodec(tokenizer),
-            artefact.manifest.model.bos_token_id,
-            artefact.manifest.model.eos_token_ids,
-            taken.true_bpw,
-            taken.linear_bytes,
-            taken.total_bytes,
-        )
+    if isinstance(request.model, str | Path) and is_artefact(Path(request.model)):
+        return _artefact(request, emulate)
     prepared = None
-    if recipe is None:
+    if request.recipe is None:
         kind = "interpreter, float"
-        program = trace(driver.model_source(model), context=context, tokenizer=tokenizer)
+        program = request.traced()
     else:
-        prepared = driver.prepare(
-            model,
-            recipe,
-            calibration=calibration,
-            context=context,
-            target_bpw=target_bpw,
-            tokenizer=tokenizer,
-            keep_floats=keep_floats,
-            progress=progress,
-        )
+        prepared = prepare(request, execution, keep_floats=keep_floats)
         kind, program = f"interpreter, recipe {prepared.recipe.name}", prepared.program
     if program.tokenizer is None:
-        raise HikuiError(f"{model} has no tokenizer, so no text can be measured; give one with --tokenizer.")
+        raise HikuiError(f"{request.name} has no tokenizer, so no text can be measured; give one with --tokenizer.")
     measured = sizes.measure(program)
     return RunnableModel(
         kind,
@@ -108,12 +79,31 @@ def open_runnable_model(
     )
 
 
-def context_length(model: str | Path, context: int | None = None) -> int:
+def _artefact(request: Request, emulate: bool) -> RunnableModel:
+    if replace(request, tokenizer=None) != Request(request.model, None):
+        raise UsageError(
+            f"{request.model} is an artefact, whose recipe and context are fixed; give a model to try others."
+        )
+    artefact = Artefact.load(Path(str(request.model)))
+    taken = artefact.manifest.sizes
+    return RunnableModel(
+        f"artefact, {artefact.manifest.backend} for {artefact.manifest.target.name}",
+        open_runner(artefact, emulate=emulate),
+        artefact.codec() if request.tokenizer is None else TextCodec(Path(request.tokenizer)),
+        artefact.manifest.model.bos_token_id,
+        artefact.manifest.model.eos_token_ids,
+        taken.true_bpw,
+        taken.linear_bytes,
+        taken.total_bytes,
+    )
+
+
+def context_length(request: Request) -> int:
     """The context that `open_runnable_model` will have, without reading weights or running passes.
 
     Raises:
         HikuiError: the model cannot be opened.
     """
-    if is_artefact(Path(model)):
-        return read_manifest(Path(model)).model.context_length
-    return trace(driver.model_source(model), context=context, finite=False).config.context_length
+    if isinstance(request.model, str | Path) and is_artefact(Path(request.model)):
+        return read_manifest(Path(request.model)).model.context_length
+    return request.traced(finite=False).config.context_length

@@ -5,9 +5,11 @@ in Python alike. It never changes the program it is given: it works on a clone, 
 `modified=False`.
 """
 
-from dataclasses import dataclass, field, fields
+import json
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -64,29 +66,37 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """Base of every pass.
 
     Attributes:
         name: as in pipelines and recipes.
         calibrates: whether it needs `PassContext.calibration`, so that a run without any is refused before it starts.
+        names_sites: whether linear sites have their names from it, which what is said of sites must come after.
+        budget: the option that holds a budget in bits per weight, or empty.
     """
 
     name: ClassVar[str]
     calibrates: ClassVar[bool] = False
+    names_sites: ClassVar[bool] = False
+    budget: ClassVar[str] = ""
 
-    def requires(self, program: Program) -> None:
+    def requires(self, program: Program) -> None:  # noqa: B027  (most passes take any program)
         """Checks that the program can be taken.
 
         Raises:
             HikuiError: something is missing, in one sentence that says which pass or input brings it.
         """
 
+    @abstractmethod
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Does the work."""
-        raise TypeError(f"{type(self).__name__} does not say how it runs")
+        """Does the work.
 
-    def ensures(self, program: Program) -> None:
+        The program that comes in stays as it is. What goes out is another one and `modified`, or the same object and
+        not `modified`.
+        """
+
+    def ensures(self, program: Program) -> None:  # noqa: B027  (most passes promise no more than the verifier holds)
         """Checks what the pass promises of its result.
 
         Raises:
@@ -94,13 +104,22 @@ class Pass:
         """
 
     def __str__(self) -> str:
-        """The pass as a pipeline states it, with the options that differ from their defaults."""
-        options = [f"{f.name}={_literal(value)}" for f in fields(self) if (value := getattr(self, f.name)) != f.default]
+        """The pass as a pipeline states it, with the options that differ from their defaults; it reads back."""
+        options = [f"{f.name}={_literal(getattr(self, f.name))}" for f in fields(self) if not self._is_default(f)]
         return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+    def _is_default(self, option: Field[Any]) -> bool:
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        return bool(getattr(self, option.name) == default)
 
 
 def _literal(value: object) -> str:
+    """A value as `parse_pipeline` reads it: numbers with all of their digits, text quoted where it has to be."""
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = str(value)
-    return f'"{text}"' if isinstance(value, str) and any(c in text for c in ',{}"= ') else text
+    if isinstance(value, int | float):
+        return repr(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    if text and text == text.strip() and not set(text) & set(',{}"='):
+        return text
+    return '"' + text.replace('"', '""') + '"'

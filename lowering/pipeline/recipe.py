@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from hikui.lowering.errors import UsageError, did_you_mean
 from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.contract import Pass
-from hikui.lowering.pipeline.run import make_pass
+from hikui.lowering.pipeline.text import make_pass
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
@@ -102,7 +102,7 @@ class Recipe(BaseModel):
         built = [make_pass(step.name, step.options, available.values(), where) for step in self.passes]
         if not self.overrides:
             return built
-        after = next((index for index, step in enumerate(built) if step.name == "canonicalise"), None)
+        after = next((index for index, step in enumerate(built) if step.names_sites), None)
         if after is None:
             raise UsageError(f"{where}overrides need the pass 'canonicalise', which names the sites.")
         fixed = [
@@ -123,6 +123,21 @@ class Recipe(BaseModel):
             step.model_copy(update={"options": {**step.options, **options.get(step.name, {})}}) for step in self.passes
         ]
         return self.model_copy(update={"passes": steps})
+
+    def with_budget(self, target_bpw: float, available: Passes) -> "Recipe":
+        """The recipe with another budget in bits per weight.
+
+        Raises:
+            UsageError: none of its passes keeps to a budget.
+        """
+        keepers = {step.name: kind.budget for step in self.passes if (kind := available.get(step.name)) and kind.budget}
+        if not keepers:
+            able = " or ".join(sorted(kind.name for kind in available.values() if kind.budget))
+            raise UsageError(
+                f"Recipe {self.name} has no pass {able}, so target_bpw={target_bpw:g} has no effect; choose a recipe "
+                "that has it."
+            )
+        return self.with_options({name: {option: target_bpw} for name, option in keepers.items()})
 
     def resolved(self, available: Passes) -> str:
         """The recipe as YAML, overrides as passes, every option spelled out; it reads back as the same passes."""

@@ -1,20 +1,17 @@
-"""Textual pipelines and the loop that runs them.
-
-pipeline := pass (',' pass)*        pass := name [ '{' option (',' option)* '}' ]        option := key '=' value
-"""
+"""The loop that runs passes, the verifier before and after each."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Protocol, get_type_hints
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-from hikui.lowering.errors import HikuiError, UsageError, VerificationError, did_you_mean
+from hikui.lowering.errors import VerificationError
+from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.verifier import verify
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
+from hikui.lowering.pipeline.text import pipeline_text
 
 
 class Callback(Protocol):
@@ -35,95 +32,21 @@ class StepRecord:
     notes: tuple[str, ...]
 
 
-def make_pass(name: str, options: Mapping[str, object], available: Iterable[type[Pass]], where: str = "") -> Pass:
-    """A pass from its name and options.
-
-    Args:
-        name: as in a pipeline.
-        options: values as text or already typed.
-        available: the passes that may be named.
-        where: prefix of error sentences, such as a file and a line.
+class InputUnchanged:
+    """A callback that holds passes to leaving the program alone that they are given; it prints programs, so it costs.
 
     Raises:
-        UsageError: unknown pass or option (with the nearest name), or a value of the wrong type.
+        VerificationError: the text of the program changed.
     """
-    known = {cls.name: cls for cls in available}
-    if name not in known:
-        raise UsageError(f"{where}Pass '{name}' is not known.{did_you_mean(name, known)}")
-    cls = known[name]
-    hints = get_type_hints(cls)
-    names = [f.name for f in fields(cls)]
-    values: dict[str, object] = {}
-    for key, value in options.items():
-        if key not in names:
-            takes = f" It takes {', '.join(names)}." if names else " It takes none."
-            raise UsageError(f"{where}Pass '{name}' has no option '{key}'.{did_you_mean(key, names) or takes}")
-        try:
-            adapter: TypeAdapter[object] = TypeAdapter(hints[key], config=ConfigDict(str_strip_whitespace=True))
-            values[key] = adapter.validate_python(value)
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise UsageError(f"{where}Option '{key}' of pass '{name}' cannot be {value!r}: {reason}.") from error
-    return cls(**values)
 
+    def before(self, step: Pass, program: Program) -> None:
+        """Remembers the program as it comes in."""
+        self._program, self._text = program, to_text(program)
 
-def parse_pipeline(text: str, available: Iterable[type[Pass]]) -> list[Pass]:
-    """Reads a pipeline such as `canonicalise,rtn{bits=4,group=64}`.
-
-    Raises:
-        UsageError: the text is not a pipeline, or names what does not exist.
-    """
-    available = list(available)
-    return [make_pass(name, options, available) for name, options in _split(text)]
-
-
-def _split(text: str) -> list[tuple[str, dict[str, str]]]:
-    steps: list[tuple[str, dict[str, str]]] = []
-    at = 0
-    while at < len(text):
-        end = at
-        while end < len(text) and text[end] not in ",{":
-            end += 1
-        name, options = text[at:end].strip(), dict[str, str]()
-        if not name:
-            raise UsageError(f"Pipeline '{text}' has no pass name at column {at + 1}.")
-        if end < len(text) and text[end] == "{":
-            options, end = _options(text, end + 1)
-        while end < len(text) and text[end].isspace():
-            end += 1
-        if end < len(text) and text[end] != ",":
-            raise UsageError(f"Pipeline '{text}' wants a comma at column {end + 1}.")
-        steps.append((name, options))
-        at = end + 1
-    if not steps:
-        raise UsageError("The pipeline is empty; name at least one pass.")
-    return steps
-
-
-def _options(text: str, at: int) -> tuple[dict[str, str], int]:
-    options: dict[str, str] = {}
-    key, value, quoted, in_value = "", "", False, False
-    for column in range(at, len(text)):
-        char = text[column]
-        if char == '"':
-            quoted = not quoted
-        elif quoted:
-            value += char
-        elif char == "=" and not in_value:
-            in_value = True
-        elif char in ",}":
-            if key.strip() and not in_value:
-                raise UsageError(f"Option '{key.strip()}' in pipeline '{text}' has no value; write it as KEY=VALUE.")
-            if key.strip():
-                options[key.strip()] = value.strip()
-            key, value, in_value = "", "", False
-            if char == "}":
-                return options, column + 1
-        elif in_value:
-            value += char
-        else:
-            key += char
-    raise UsageError(f"Pipeline '{text}' lacks a closing brace.")
+    def after(self, step: Pass, result: PassResult, seconds: float) -> None:
+        """Compares."""
+        if to_text(self._program) != self._text:
+            raise VerificationError(f"Pass {step.name} changed the program that it was given.")
 
 
 class Pipeline:
@@ -135,14 +58,16 @@ class Pipeline:
         self.records: list[StepRecord] = []
 
     def __str__(self) -> str:
-        return ",".join(map(str, self.passes))
+        return pipeline_text(self.passes)
 
     def run(self, program: Program, context: PassContext | None = None) -> Program:
         """The program after all passes; `records` then tells what each did.
 
         Raises:
-            HikuiError: a pass cannot take the program; the sentence names the pass.
+            HikuiError: a pass cannot take the program.
             VerificationError: a pass broke an invariant.
+
+        Whatever a pass raises has a note with its name.
         """
         context = context or PassContext()
         self.records = []
@@ -155,12 +80,14 @@ class Pipeline:
             try:
                 step.requires(program)
                 result = step.run(program, own)
+                if result.modified == (result.program is program):
+                    said = "a change and gives back" if result.modified else "no change and gives back not"
+                    raise VerificationError(f"It says that there is {said} the program that it was given.")
                 verify(result.program)
                 step.ensures(result.program)
-            except VerificationError as error:
-                raise VerificationError(f"Pass {step.name}: {error}") from error
-            except HikuiError as error:
-                raise type(error)(f"Pass {step.name}: {error}") from error
+            except Exception as error:
+                error.add_note(f"Pass {step.name}")
+                raise
             give_back()
             seconds = time.perf_counter() - start
             self.records.append(StepRecord(str(step), result.modified, seconds, tuple(result.notes)))

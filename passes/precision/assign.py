@@ -32,6 +32,7 @@ class Assign(Pass):
     """
 
     name: ClassVar[str] = "assign"
+    budget: ClassVar[str] = "target_bpw"
     target_bpw: float = 5.5
     formats: str = "int4-g64|int8-g64"
     mode: Literal["optimal", "random", "uniform"] = "optimal"

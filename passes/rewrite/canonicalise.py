@@ -39,6 +39,7 @@ class Canonicalise(Pass):
     """Finds linear sites, tied groups and blocks; removes calls that do nothing."""
 
     name: ClassVar[str] = "canonicalise"
+    names_sites: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Works on a clone.

@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hikui.lowering.app.lower import lower
+    from hikui.lowering.app.request import Execution
     from hikui.lowering.app.runners import load
     from hikui.lowering.trace import trace
 
 __version__ = "0.1.0"
-__all__ = ["load", "lower", "trace"]
+__all__ = ["Execution", "load", "lower", "trace"]
 
-_HOMES = {"load": "hikui.lowering.app.runners", "lower": "hikui.lowering.app.lower", "trace": "hikui.lowering.trace"}
+_HOMES = {
+    "Execution": "hikui.lowering.app.request",
+    "load": "hikui.lowering.app.runners",
+    "lower": "hikui.lowering.app.lower",
+    "trace": "hikui.lowering.trace",
+}
 
 
 def __getattr__(name: str) -> object:

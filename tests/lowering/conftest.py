@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import Prepared, build, prepare
+from hikui.lowering.app.request import Request
 from hikui.lowering.artefact.manifest import Artefact
 from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
@@ -38,19 +39,19 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepared(tiny: Path) -> driver.Prepared:
+def prepared(tiny: Path) -> Prepared:
     """The tiny model after the recipe `int4`."""
-    return driver.prepare(tiny, "int4")
+    return prepare(Request(tiny, "int4"))
 
 
 @pytest.fixture(scope="session")
-def built(prepared: driver.Prepared, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
+def built(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Artefact:
     """The tiny model as an artefact for this machine; not to be changed."""
     try:
         resolve("host")
     except HikuiError as error:
         pytest.skip(str(error))
-    return driver.build(prepared, tmp_path_factory.mktemp("built") / "artefact", backend="tvm")
+    return build(prepared, tmp_path_factory.mktemp("built") / "artefact", backend="tvm")
 
 
 @pytest.fixture

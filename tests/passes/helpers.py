@@ -18,7 +18,8 @@ from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import WEIGHT, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
 from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext
-from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import tiny_model
 from hikui.passes import PASSES

@@ -9,7 +9,7 @@ import pytest
 import hikui.passes
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.pipeline.contract import Pass
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import ENTRY_POINTS, PASSES, available
 
 

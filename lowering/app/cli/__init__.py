@@ -1,41 +1,46 @@
 """The command line: `hikui COMMAND …`.
 
 The modules of the commands import nothing heavy at the top, so that `hikui --help` is quick. Results go to stdout
-(JSON with `--json`), progress and errors to stderr; the exit status is 0, 1 for what went wrong, 2 for a wrong request.
+(JSON with `--json`), progress and errors to stderr; the exit status is 0, 1 for what went wrong, 2 for
+a wrong request, and 3 for a defect of hikui or of a pass.
 """
 
 import sys
 from collections.abc import Sequence
 
-from hikui.lowering.errors import HikuiError
+from hikui.lowering.errors import DEFECT, HikuiError, VerificationError
 
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns the exit status; `--debug` anywhere lets errors through with their traceback."""
+    from hikui.lowering.app.cli import console
     from hikui.lowering.app.cli.application import application, quieten
 
     debug = "--debug" in arguments
+    console.debug.set(debug)
     if not debug:
         quieten()
     try:
         application()(args=[argument for argument in arguments if argument != "--debug"], prog_name="hikui")
+        return 0
     except SystemExit as done:
         # Typer ends every command so, and has said what is wrong with a wrong request.
         return done.code if isinstance(done.code, int) else 0
-    except HikuiError as error:
-        if debug:
-            raise
-        print(f"hikui: {error}", file=sys.stderr)
-        return error.exit_code
     except Exception as error:
         if debug:
             raise
-        reason = " ".join(str(error).split())
-        print(
-            f"hikui: a defect of hikui ({type(error).__name__}: {reason}); run again with --debug and report it.",
-            file=sys.stderr,
-        )
-    return 1
+        print(f"hikui: {_sentence(error)}", file=sys.stderr)
+        return error.exit_code if isinstance(error, HikuiError) else DEFECT
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, and in which pass."""
+    where = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    reason = " ".join(str(error).split())
+    if isinstance(error, HikuiError) and not isinstance(error, VerificationError):
+        return f"{where}{reason}"
+    kind = "" if isinstance(error, HikuiError) else f"{type(error).__name__}: "
+    return f"a defect of hikui or of a pass ({where}{kind}{reason}); run again with --debug and report it."
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import announce, emit, progress, size
+from hikui.lowering.app.cli.console import announce, debug, emit, progress, size
 
 
 def lower(
@@ -31,28 +31,22 @@ def lower(
     as_json: options.Json = False,
 ) -> None:
     """Lower a model to an artefact."""
-    from hikui.lowering.app import lower as driver
+    from hikui.lowering.app.lower import make_artefact, peak_memory
+    from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.engine.jobs import Jobs
 
-    spread = Jobs(jobs, engine)
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer)
     with progress() as step:
-        artefact = driver.lower(
-            model,
-            output,
-            recipe=recipe,
-            target=target,
-            backend=backend,
-            calibration=calibration,
-            context=context,
-            target_bpw=target_bpw,
-            tokenizer=tokenizer,
-            debug_dump=debug_dump,
+        execution = Execution(
             resume=not no_resume,
             memory=options.nbytes(memory),
-            jobs=spread,
+            jobs=Jobs(jobs, engine),
+            debug_dump=debug_dump,
+            check_inputs=debug.get(),
             progress=step,
             announce=announce,
         )
+        artefact = make_artefact(request, output, target=target, backend=backend, execution=execution)
     manifest = artefact.manifest
     sizes = manifest.sizes
     if as_json:
@@ -63,7 +57,7 @@ def lower(
                 "target": manifest.target.name,
                 "recipe": manifest.provenance.recipe,
                 **sizes.model_dump(),
-                "peak_memory_bytes": driver.peak_memory(),
+                "peak_memory_bytes": peak_memory(),
             }
         )
         return

@@ -4,9 +4,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import typer
+
+debug = ContextVar("debug", default=False)
+"""Whether `--debug` was given: passes are then held to leaving the program alone that they are given."""
 
 
 @contextmanager

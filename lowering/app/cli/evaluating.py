@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, progress, table
+from hikui.lowering.app.cli.console import debug, emit, progress, table
 
 if TYPE_CHECKING:
     from hikui.lowering.app.runnable_model import RunnableModel
@@ -70,6 +70,7 @@ def evaluate(
 ) -> None:
     """Measure quality, size and speed on a text, or zero-shot tasks."""
     _refuse_idle(text, tasks, against, window, stride, limit, layers, recipe)
+    from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.app.runnable_model import context_length, open_runnable_model
     from hikui.lowering.artefact.text import read_text
     from hikui.lowering.evaluation import harness, protocols
@@ -77,21 +78,17 @@ def evaluate(
 
     content = read_text(text) if text is not None else ""
     files = harness.read_tasks([name for name in tasks.split(",") if name]) if tasks is not None else []
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer)
     if window is not None:
         # A recipe may run for hours before anything is read.
-        bound = window if recipe is None else context_length(model, context)
+        bound = window if recipe is None else context_length(request)
         protocols.check_windows(window, stride or window, bound)
     with progress() as step, evaluation.PeakMemory() as peak:
         runnable = open_runnable_model(
-            model,
-            recipe=recipe,
-            calibration=calibration,
-            context=context,
-            target_bpw=target_bpw,
-            tokenizer=tokenizer,
+            request,
+            Execution(check_inputs=debug.get(), progress=step),
             emulate=emulate,
             keep_floats=layers,
-            progress=step,
         )
         report: dict[str, object] = {"model": model, "runs_as": runnable.kind}
         if text is not None:
@@ -116,7 +113,9 @@ def evaluate(
         }
         if against is not None:
             with progress() as step:
-                other = open_runnable_model(against, tokenizer=tokenizer, emulate=emulate, progress=step)
+                other = open_runnable_model(
+                    Request(against, None, tokenizer=tokenizer), Execution(progress=step), emulate=emulate
+                )
                 report["against"] = _against(against, runnable, other, excerpts, step)
                 other.runner.close()
     if files:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, progress, table
+from hikui.lowering.app.cli.console import debug, emit, progress, table
 
 if TYPE_CHECKING:
     from hikui.lowering.ir.program import Program
@@ -28,29 +28,31 @@ def opt(
     debug_dump: options.DumpFolder = None,
 ) -> None:
     """Run passes on a model and look at the program, without building anything."""
-    from hikui.lowering.app import lower as driver
+    from hikui.lowering.app.lower import read_calibration
+    from hikui.lowering.app.request import Request, available_passes
     from hikui.lowering.errors import UsageError
     from hikui.lowering.ir.printer import to_text
     from hikui.lowering.pipeline.contract import PassContext
     from hikui.lowering.pipeline.debug_dump import DebugDump
     from hikui.lowering.pipeline.recipe import CalibrationSettings
-    from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
-    from hikui.lowering.trace import trace
+    from hikui.lowering.pipeline.run import InputUnchanged, Pipeline
+    from hikui.lowering.pipeline.text import parse_pipeline
 
-    available = driver.available_passes()
+    available = available_passes()
     steps = parse_pipeline(pipeline, available.values()) if pipeline.strip() else []
     wanted = set(print_ir_after or ())
     if unknown := sorted(wanted - {step.name for step in steps}):
         raise UsageError(f"--print-ir-after {unknown[0]}: the pipeline has no such pass.")
     with progress() as report:
         report("trace", 0, 1)
-        program = trace(driver.model_source(model), context=context, tokenizer=tokenizer)
+        program = Request(model, context=context, tokenizer=tokenizer).traced()
         report("trace", 1, 1)
         data = None
         if calibration is not None:
-            data = driver.read_calibration(program, calibration, CalibrationSettings())
+            data = read_calibration(program, calibration, CalibrationSettings())
         dumps = [] if debug_dump is None else [DebugDump(debug_dump, program)]
-        runner = Pipeline(steps, [_PrintAfter(wanted), *dumps])
+        checks = [InputUnchanged()] if debug.get() else []
+        runner = Pipeline(steps, [_PrintAfter(wanted), *dumps, *checks])
         program = runner.run(program, PassContext(data, None, report))
     if print_ir:
         typer.echo(to_text(program), nl=False)
@@ -89,15 +91,15 @@ def passes(
     schema: Annotated[bool, typer.Option("--schema", help="The JSON Schema of recipes with these passes.")] = False,
 ) -> None:
     """List the passes and their options."""
-    from hikui.lowering.app import lower as driver
+    from hikui.lowering.app.request import available_passes
     from hikui.lowering.pipeline.recipe import json_schema
 
     if schema:
-        emit(json_schema(driver.available_passes()))
+        emit(json_schema(available_passes()))
         return
 
     rows = []
-    for name, kind in driver.available_passes().items():
+    for name, kind in available_passes().items():
         summary = (kind.__doc__ or "").strip().splitlines()[0]
         rows.append({"name": name, "summary": summary, "options": {f.name: f.default for f in fields(kind)}})
     if as_json:
@@ -124,25 +126,25 @@ def explain(
     as_json: options.Json = False,
 ) -> None:
     """Say what hikui finds in a model, and which patterns do not hold, where and why."""
-    from hikui.lowering.app import lower as driver
+    from hikui.lowering.app.lower import prepare
+    from hikui.lowering.app.request import Execution, Request, available_passes
     from hikui.lowering.ir.program import BLOCK, GROUP, SITE
     from hikui.lowering.pipeline.contract import PassContext
-    from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
-    from hikui.lowering.trace import trace
+    from hikui.lowering.pipeline.run import Pipeline
+    from hikui.lowering.pipeline.text import parse_pipeline
     from hikui.passes.graph import matrix_shape, sites
     from hikui.passes.rewrite.explain import explain as find
 
-    available = driver.available_passes()
+    available = available_passes()
+    request = Request(model, recipe, calibration=calibration, context=context, tokenizer=tokenizer)
     with progress() as report:
         prepared = None
         if recipe is None:
             report("trace", 0, 1)
-            traced = trace(driver.model_source(model), context=context, tokenizer=tokenizer)
+            traced = request.traced()
             report("trace", 1, 1)
         else:
-            prepared = driver.prepare(
-                model, recipe, calibration=calibration, context=context, tokenizer=tokenizer, progress=report
-            )
+            prepared = prepare(request, Execution(check_inputs=debug.get(), progress=report))
             traced = prepared.traced
         named = Pipeline(parse_pipeline("canonicalise", available.values())).run(traced, PassContext())
         findings = find(named)

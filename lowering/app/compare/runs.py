@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.request import Request, available_passes, load_recipe
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact import text
 from hikui.lowering.artefact.manifest import MANIFEST, is_artefact, read_manifest, sha256
@@ -108,13 +108,13 @@ def plan(
             text.read_text(path)
     runs, used = [Run(FLOAT, model, reading)], set[float]()
     for name in recipes:
-        recipe = driver.load_recipe(name)
-        assigns = any(step.name == "assign" for step in recipe.passes)
+        recipe = load_recipe(name)
+        assigns = any(step.budget for step in recipe.build(available_passes()))
         for budget in budgets if budgets and assigns else (None,):
-            chosen = recipe if budget is None else driver.load_recipe(recipe, budget)
+            chosen = recipe if budget is None else load_recipe(recipe, budget)
             label = recipe.name if budget is None else f"{recipe.name} at {budget:g} bits"
             used |= set() if budget is None else {budget}
-            calibrates = any(step.calibrates for step in chosen.build(driver.available_passes()))
+            calibrates = any(step.calibrates for step in chosen.build(available_passes()))
             if calibrates and reading.calibration is None:
                 raise UsageError(f"Recipe {recipe.name} needs text to calibrate on; give some with --calibration FILE.")
             if not calibrates:
@@ -125,7 +125,7 @@ def plan(
                 seeded = chosen.model_copy(update={"calibration": drawn})
                 runs.append(Run(label, model, reading, seeded, True, seed))
     if budgets and not used:
-        raise UsageError("--target-bpw has no effect: none of the recipes has the pass assign.")
+        raise UsageError("--target-bpw has no effect: none of the recipes has a pass that keeps to a budget (assign).")
     for name in artefacts:
         read_manifest(Path(name))
         if reading.context is not None:
@@ -140,11 +140,13 @@ def measure(run: Run) -> Outcome:
     reading = run.reading
     of_model = not is_artefact(Path(run.model))
     runnable = open_runnable_model(
-        run.model,
-        recipe=run.recipe,
-        calibration=reading.calibration if run.calibrates else None,
-        context=reading.context if of_model else None,
-        tokenizer=reading.tokenizer,
+        Request(
+            run.model,
+            recipe=run.recipe,
+            calibration=reading.calibration if run.calibrates else None,
+            context=reading.context if of_model else None,
+            tokenizer=reading.tokenizer,
+        )
     )
     protocol, excerpts = protocols.read(
         text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length, bos=runnable.bos,
@@ -194,7 +196,7 @@ def keys(traced: Program, runs: Sequence[Run]) -> list[str]:
     for run in runs:
         subject = {
             "label": run.label,
-            "recipe": "" if run.recipe is None else run.recipe.resolved(driver.available_passes()),
+            "recipe": "" if run.recipe is None else run.recipe.resolved(available_passes()),
             "artefact": sha256(Path(run.model) / MANIFEST) if is_artefact(Path(run.model)) else "",
             "calibration": calibration if run.calibrates else "",
             "seed": run.seed,

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hikui.lowering.app import lower as driver
 from hikui.lowering.app.assemble import checkpoint_hashes
 from hikui.lowering.app.compare import runs as runs_of
 from hikui.lowering.app.compare.runs import FLOAT, Outcome, Reading
+from hikui.lowering.app.request import Request
 from hikui.lowering.artefact.manifest import read_manifest
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.errors import HikuiError, UsageError
@@ -22,7 +22,6 @@ from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Difference, Quality, Score
 from hikui.lowering.ir.program import Program
 from hikui.lowering.progress import Progress, no_progress
-from hikui.lowering.trace import trace
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def compare(
         HikuiError: a run fails; those that have ended are kept.
     """
     runs = runs_of.plan(model, reading, recipes=recipes, artefacts=artefacts, seeds=seeds, budgets=budgets)
-    traced = trace(driver.model_source(model), context=reading.context, tokenizer=reading.tokenizer)
+    traced = Request(model, context=reading.context, tokenizer=reading.tokenizer).traced()
     _refuse_other_models(traced, artefacts)
     if reading.window is not None:
         bound = traced.config.context_length

@@ -10,9 +10,9 @@ import pytest
 import hikui
 from hikui.backends.kernels.fields import SEGMENTS
 from hikui.backends.kernels.isa import ISAS
-from hikui.lowering.app import lower as driver
 from hikui.lowering.app.cli import run
 from hikui.lowering.app.cli.evaluating import _show
+from hikui.lowering.app.lower import Prepared
 from hikui.lowering.artefact.generate import generate
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact
 from hikui.lowering.artefact.target import TARGETS
@@ -104,9 +104,7 @@ def test_debug_lets_the_error_through(tmp_path: Path) -> None:
         run(["inspect", str(tmp_path), "--debug"])
 
 
-def test_run_gives_the_interpreters_greedy_tokens(
-    hikui_command: Command, built: Artefact, prepared: driver.Prepared
-) -> None:
+def test_run_gives_the_interpreters_greedy_tokens(hikui_command: Command, built: Artefact, prepared: Prepared) -> None:
     options = ("--prompt", "Once", "--max-new-tokens", 8, "--ignore-eos")
     status, out, err = hikui_command("run", built.directory, *options, "--json")
     assert (status, err) == (0, "")

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hikui.lowering.app import lower as driver
 from hikui.lowering.app.compare import runs as comparison_runs
-from hikui.lowering.app.compare import table as comparison
 from hikui.lowering.app.compare.report import PICTURES, RESULTS, TABLE, draw, markdown, save
 from hikui.lowering.app.compare.runs import FLOAT, Outcome, Reading, Run
 from hikui.lowering.app.compare.table import Comparison, as_json, compare
+from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact.manifest import Artefact
 from hikui.lowering.artefact.text import read_text
@@ -67,7 +66,7 @@ def traced(tiny: Path) -> Program:
 def measured(traced: Program, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Labels of the runs that are really done, each at once with a made-up result that is kept."""
     # Tracing is most of the time of a comparison that measures nothing.
-    monkeypatch.setattr(comparison, "trace", lambda *_, **__: traced)
+    monkeypatch.setattr(Request, "traced", lambda *_, **__: traced)
     labels: list[str] = []
 
     def measure(run: Run) -> Outcome:
@@ -84,11 +83,11 @@ def measured(traced: Program, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(scope="module")
 def alone(tiny: Path, reading: Reading, calibrated: str) -> dict[int, tuple[tuple[evaluation.Score, ...], float]]:
     """The calibrating recipe's runs, by seed, through the functions of `hikui eval`: scores and true bits."""
-    recipe, out = driver.load_recipe(calibrated), {}
+    recipe, out = load_recipe(calibrated), {}
     for seed in (0, 1):
         settings = recipe.calibration.model_copy(update={"seed": seed})
         subject = open_runnable_model(
-            tiny, recipe=recipe.model_copy(update={"calibration": settings}), calibration=reading.calibration
+            Request(tiny, recipe=recipe.model_copy(update={"calibration": settings}), calibration=reading.calibration)
         )
         _, excerpts = protocols.read(read_text(reading.text), subject.codec, context=64, bos=subject.bos, limit=4)
         out[seed] = evaluation.measure(subject.runner, excerpts)[0].each, subject.true_bpw
@@ -250,7 +249,7 @@ def test_budgets_make_a_row_each(tiny: Path, reading: Reading, calibrated: str) 
         return [run.label for run in runs]
 
     assert labels(["int8", calibrated], [5.0, 6.5]) == [FLOAT, "int8", "calibrated at 5 bits", "calibrated at 6.5 bits"]
-    with pytest.raises(UsageError, match="none of the recipes has the pass assign"):
+    with pytest.raises(UsageError, match="none of the recipes has a pass that keeps to a budget"):
         labels(["int8"], [5.0])
 
 

@@ -13,15 +13,16 @@ import pytest
 import yaml
 
 import hikui
-from hikui.lowering.app import lower as driver
 from hikui.lowering.app.assemble import require_room
+from hikui.lowering.app.lower import Prepared, build, lower, make_artefact, prepare, resume_folder
+from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact, inventory
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Packed
 from hikui.lowering.trace import trace
-from hikui.passes.quantise.quantiser import Packer
+from hikui.passes.quantise.packer import Packer
 
 
 def lower_command(model: Path, output: Path, *options: str) -> list[str]:
@@ -29,7 +30,7 @@ def lower_command(model: Path, output: Path, *options: str) -> list[str]:
 
 
 def test_two_runs_write_the_same_bytes(tiny: Path, built: Artefact, tmp_path: Path) -> None:
-    again = driver.lower(tiny, tmp_path / "elsewhere" / "again", recipe="int4")
+    again = lower(tiny, tmp_path / "elsewhere" / "again", recipe="int4")
     assert inventory(again.directory) == inventory(built.directory)
     assert (again.directory / MANIFEST).read_bytes() == (built.directory / MANIFEST).read_bytes()
 
@@ -51,9 +52,7 @@ def test_every_shipped_recipe_gives_an_artefact_that_verifies(
 ) -> None:
     # Padding makes the tiny matrices take more than the recipe's 5.5 bits.
     budget = 7.0 if recipe == "mixed-5.5bit" else None
-    artefact = driver.lower(
-        tiny, tmp_path / "out", recipe=recipe, backend=backend, calibration=stories, target_bpw=budget
-    )
+    artefact = lower(tiny, tmp_path / "out", recipe=recipe, calibration=stories, target_bpw=budget, backend=backend)
     check = verify_artefact.check_numbers(artefact, lambda: open_runner(artefact))
     assert check.passed
     verify_artefact.check_files(artefact)
@@ -68,22 +67,27 @@ def test_every_shipped_recipe_gives_an_artefact_that_verifies(
 def test_the_budget_can_be_set_and_one_that_is_too_small_names_the_smallest(
     tiny: Path, stories: Path, tmp_path: Path
 ) -> None:
-    prepared = driver.prepare(tiny, "mixed-5.5bit", calibration=stories, target_bpw=7.0)
+    prepared = prepare(Request(tiny, "mixed-5.5bit", calibration=stories, target_bpw=7.0))
     assert "assign{target_bpw=7.0}" in map(str, prepared.passes)
-    with pytest.raises(HikuiError, match=r"assign: .*\d\.\d+"):
-        driver.prepare(tiny, "mixed-5.5bit", calibration=stories, target_bpw=1.0)
+    with pytest.raises(HikuiError, match=r"smallest that can is \d\.\d+"):
+        prepare(Request(tiny, "mixed-5.5bit", calibration=stories, target_bpw=1.0))
 
 
 def test_a_recipe_that_calibrates_wants_text_before_any_work(tiny: Path, tmp_path: Path) -> None:
     done: list[str] = []
     with pytest.raises(HikuiError, match="calibrate measures .* --calibration"):
-        driver.lower(tiny, tmp_path / "out", recipe="mixed-5.5bit", progress=lambda label, _, __: done.append(label))
+        lower(
+            tiny,
+            tmp_path / "out",
+            recipe="mixed-5.5bit",
+            execution=Execution(progress=lambda label, _, __: done.append(label)),
+        )
     assert done == []
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) -> None:
-    prepared = driver.prepare(tiny, "int4", debug_dump=tmp_path / "dump")
+    prepared = prepare(Request(tiny, "int4"), Execution(debug_dump=tmp_path / "dump"))
     names = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert names[0] == "00-trace.txt"
     assert [name for name in names if name.endswith(".txt")][1:] == [
@@ -96,11 +100,11 @@ def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) ->
 
 def test_unknown_names_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no backend 'tvn'"):
-        driver.lower(tiny, tmp_path / "out", backend="tvn")
+        lower(tiny, tmp_path / "out", backend="tvn")
     with pytest.raises(UsageError, match="Did you mean 'raspberry-pi-4'"):
-        driver.lower(tiny, tmp_path / "out", target="raspbery-pi-4")
+        lower(tiny, tmp_path / "out", target="raspbery-pi-4")
     with pytest.raises(UsageError, match="Did you mean 'int4'"):
-        driver.lower(tiny, tmp_path / "out", recipe="int44")
+        lower(tiny, tmp_path / "out", recipe="int44")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +122,7 @@ def test_a_module_can_be_lowered_and_the_public_verbs_work(tiny: Path, tmp_path:
         _ = hikui.lowr
 
 
-def test_a_killed_run_leaves_no_half_artefact(tiny: Path, prepared: driver.Prepared, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_half_artefact(tiny: Path, prepared: Prepared, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = subprocess.Popen(lower_command(tiny, output), stderr=subprocess.DEVNULL)
     try:
@@ -133,7 +137,7 @@ def test_a_killed_run_leaves_no_half_artefact(tiny: Path, prepared: driver.Prepa
         process.kill()
         process.wait()
     assert not output.exists()
-    artefact = driver.build(prepared, output)
+    artefact = build(prepared, output)
     assert verify_artefact.check_files(artefact).passed
     # Of the killed run only what it had finished is there.
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.resume", "out"]
@@ -159,7 +163,7 @@ def test_a_folder_that_may_not_be_written_is_one_sentence(tiny: Path, tmp_path: 
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(HikuiError, match="cannot be written: Permission denied; choose another -o"):
-            driver.lower(tiny, tmp_path / "out")
+            lower(tiny, tmp_path / "out")
     finally:
         tmp_path.chmod(0o700)
 
@@ -174,7 +178,7 @@ def test_what_was_finished_stays_until_the_artefact_is_there(
     tiny: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, rounded = tmp_path / "artefact", 0
-    options = {"recipe": "gptq-qep-2bit", "calibration": stories}
+    request = Request(tiny, "gptq-qep-2bit", stories)
     round_site = Packer._round
 
     def counted(*args: Any) -> Packed:
@@ -187,24 +191,24 @@ def test_what_was_finished_stays_until_the_artefact_is_there(
 
     monkeypatch.setattr(Packer, "_round", counted)
     with monkeypatch.context() as broken:
-        broken.setattr(driver, "assemble", fail)
+        broken.setattr("hikui.lowering.app.lower.assemble", fail)
         with pytest.raises(HikuiError, match="compiler is gone"):
-            driver.lower(tiny, output, **options)  # type: ignore[arg-type]
-    first, kept = rounded, driver.resume_folder(output)
+            make_artefact(request, output)
+    first, kept = rounded, resume_folder(output)
     assert first > 10
     assert not output.exists()
     assert len(list(kept.iterdir())) == 1
     (kept / "of another run").mkdir()
-    resumed = driver.lower(tiny, output, **options)  # type: ignore[arg-type]
+    resumed = make_artefact(request, output)
     assert rounded == first
     assert not kept.exists()
-    anew = driver.lower(tiny, tmp_path / "anew", resume=False, **options)  # type: ignore[arg-type]
+    anew = make_artefact(request, tmp_path / "anew", execution=Execution(resume=False))
     assert rounded == 2 * first
     assert inventory(anew.directory) == inventory(resumed.directory)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anew", "artefact"]
 
 
 def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories: Path, tmp_path: Path) -> None:
-    with pytest.raises(HikuiError, match=r"Pass gptq: It needs about .* and 0.00 GB of memory are there; use fewer"):
-        driver.lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, memory=1000)
+    with pytest.raises(HikuiError, match=r"It needs about .* and 0.00 GB of memory are there; use fewer"):
+        lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, execution=Execution(memory=1000))
     assert not (tmp_path / "out").exists()

@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import Prepared
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.evaluation.error_table import ErrorTable, SiteError, error_table, is_float
 from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.program import BRANCH, SITE, Program
 from hikui.lowering.pipeline.contract import Calibration, PassContext
-from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.lowering.trace import trace
 from hikui.passes import PASSES
 from tests.lowering.handmade import program as handmade
@@ -217,7 +218,7 @@ def test_programs_without_a_common_site_and_long_texts_are_refused(traced: Progr
         error_table(floats, lowered, [[1] * 65])
 
 
-def test_the_shipped_recipe_on_its_text(prepared: driver.Prepared) -> None:
+def test_the_shipped_recipe_on_its_text(prepared: Prepared) -> None:
     assert prepared.origin is not None
     assert is_float(prepared.origin)
     assert not is_float(prepared.program)

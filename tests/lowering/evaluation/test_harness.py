@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval`)")
 
+from hikui.lowering.app.request import Request
 from hikui.lowering.app.runnable_model import RunnableModel, open_runnable_model
 from hikui.lowering.artefact.generate import Runner, generate
 from hikui.lowering.errors import HikuiError, UsageError
@@ -24,7 +25,7 @@ from hikui.lowering.progress import no_progress
 
 @pytest.fixture(scope="module")
 def runnable(tiny: Path) -> RunnableModel:
-    return open_runnable_model(tiny)
+    return open_runnable_model(Request(tiny, None))
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +309,7 @@ def test_a_real_task_on_a_real_model(shared: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, path = shared / "assets" / "models" / "stories260k-llama", shared / "assets" / "tasks"
-    runnable, task = open_runnable_model(folder), path / "tinystories_ending4.jsonl"
+    runnable, task = open_runnable_model(Request(folder, None)), path / "tinystories_ending4.jsonl"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     right = 0
     for line in task.read_text("utf-8").splitlines()[:6]:

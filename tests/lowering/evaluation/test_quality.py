@@ -6,7 +6,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import Prepared
+from hikui.lowering.app.request import REFERENCE_MODEL, Request
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact.text import SEPARATOR, TextCodec, read_documents, read_text
 from hikui.lowering.errors import HikuiError, UsageError
@@ -42,7 +43,7 @@ def test_the_loss_is_that_of_the_float_model(tiny: Path, stories: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    runnable = open_runnable_model(tiny)
+    runnable = open_runnable_model(Request(tiny, None))
     documents = read_documents(stories)
     encoded = protocols.encode_documents(documents, runnable.codec, context=40, bos=runnable.bos, limit=4)
     assert all(ids[0] == runnable.bos and len(ids) == 40 for ids in encoded)
@@ -63,7 +64,7 @@ def test_the_loss_is_that_of_the_float_model(tiny: Path, stories: Path) -> None:
 def test_a_document_longer_than_a_piece_is_the_same_in_pieces(
     tiny: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runnable = open_runnable_model(tiny)
+    runnable = open_runnable_model(Request(tiny, None))
     encoded = protocols.encode_documents(read_documents(stories), runnable.codec, context=50, bos=runnable.bos, limit=2)
     whole, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
     monkeypatch.setattr(evaluation, "PIECE", 7)
@@ -71,8 +72,8 @@ def test_a_document_longer_than_a_piece_is_the_same_in_pieces(
     assert pieces.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
-def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Path, prepared: driver.Prepared) -> None:
-    runnable = open_runnable_model(tiny)
+def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Path, prepared: Prepared) -> None:
+    runnable = open_runnable_model(Request(tiny, None))
     encoded = protocols.encode_documents(read_documents(stories), runnable.codec, context=32, bos=runnable.bos)
     same, also = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos, against=runnable.runner)
     assert also is not None
@@ -88,7 +89,7 @@ def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Pat
 
 
 def test_models_of_other_vocabularies_are_not_compared_token_by_token(tiny: Path) -> None:
-    runnable = open_runnable_model(tiny)
+    runnable = open_runnable_model(Request(tiny, None))
     with pytest.raises(HikuiError, match="vocabularies have 32 and 131 tokens"):
         evaluation.quality(Uniform(), [[0, 1, 2]], runnable.codec, bos=0, against=runnable.runner)
 
@@ -151,7 +152,7 @@ def test_the_loss_over_windows_is_that_of_transformers(tiny: Path, stories: Path
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    runnable, text = open_runnable_model(tiny), read_text(stories)
+    runnable, text = open_runnable_model(Request(tiny, None)), read_text(stories)
     protocol, excerpts = protocols.read(
         text, runnable.codec, context=64, bos=runnable.bos, window=40, stride=25, limit=2
     )
@@ -225,7 +226,7 @@ def test_peak_memory_sees_what_is_allocated_inside_and_not_before() -> None:
 
 def test_the_reference_model_has_the_quality_of_its_card(shared: Path) -> None:
     text = shared / "assets" / "text" / "tinystories" / "valid.txt"
-    runnable = open_runnable_model(driver.REFERENCE_MODEL)
+    runnable = open_runnable_model(Request(REFERENCE_MODEL, None))
     encoded = protocols.encode_documents(read_documents(text), runnable.codec, context=512, bos=runnable.bos, limit=150)
     own, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
     assert own.bits_per_char == pytest.approx(0.929, abs=0.0005)

@@ -2,14 +2,15 @@ from pathlib import Path
 
 import pytest
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import Prepared, prepare
+from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.artefact import report
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
 from hikui.lowering.progress import no_progress
 
 
-def test_the_float_program_counts_every_parameter_once(tiny: Path, prepared: driver.Prepared) -> None:
+def test_the_float_program_counts_every_parameter_once(tiny: Path, prepared: Prepared) -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny)
@@ -22,7 +23,7 @@ def test_the_float_program_counts_every_parameter_once(tiny: Path, prepared: dri
     assert everything <= measured.total_bytes < everything + 4096
 
 
-def test_the_lowered_program_has_the_bits_of_its_formats(prepared: driver.Prepared) -> None:
+def test_the_lowered_program_has_the_bits_of_its_formats(prepared: Prepared) -> None:
     measured = sizes.measure(prepared.program)
     floats = {site.name: site for site in sizes.measure(prepared.origin or prepared.traced).sites}
     assert {site.name for site in measured.sites} == set(floats)
@@ -35,25 +36,23 @@ def test_the_lowered_program_has_the_bits_of_its_formats(prepared: driver.Prepar
 
 
 @pytest.fixture(scope="module")
-def branched(tiny: Path, stories: Path) -> driver.Prepared:
-    return driver.prepare(tiny, "int4-branch", calibration=stories)
+def branched(tiny: Path, stories: Path) -> Prepared:
+    return prepare(Request(tiny, "int4-branch", calibration=stories))
 
 
-def test_a_branch_is_counted_fused_and_unfused(branched: driver.Prepared, tiny: Path, stories: Path) -> None:
+def test_a_branch_is_counted_fused_and_unfused(branched: Prepared, tiny: Path, stories: Path) -> None:
     fused = sizes.measure(branched.program)
     assert {site.rank for site in fused.sites} == {16}
     assert fused.branch_bytes == 0
-    recipe = driver.load_recipe("int4-branch").with_options({"fuse": {"branch": False}})
-    apart = sizes.measure(driver.prepare(tiny, recipe, calibration=stories).program)
+    recipe = load_recipe("int4-branch").with_options({"fuse": {"branch": False}})
+    apart = sizes.measure(prepare(Request(tiny, recipe, calibration=stories)).program)
     assert {site.rank for site in apart.sites} == {0}
     assert apart.branch_bytes > 0
     assert apart.linear_bytes == fused.linear_bytes
     assert apart.total_bytes == fused.total_bytes
 
 
-def test_the_report_measures_each_site_against_its_float_matrix(
-    prepared: driver.Prepared, branched: driver.Prepared
-) -> None:
+def test_the_report_measures_each_site_against_its_float_matrix(prepared: Prepared, branched: Prepared) -> None:
     plain, helped = (
         {
             site.name: site.weight_error
@@ -70,8 +69,8 @@ def test_the_report_measures_each_site_against_its_float_matrix(
 
 
 def test_the_report_undoes_the_order_of_mixed_columns(tiny: Path, stories: Path) -> None:
-    recipe = driver.load_recipe("mixed-1.6bit").with_options({"mixed": {"group": 32}})
-    p = driver.prepare(tiny, recipe, calibration=stories)
+    recipe = load_recipe("mixed-1.6bit").with_options({"mixed": {"group": 32}})
+    p = prepare(Request(tiny, recipe, calibration=stories))
     reports = report.site_reports(p.program, sizes.measure(p.program), p.origin, no_progress)
     mixed = [site for site in reports if site.format.startswith("mixed")]
     assert len(mixed) == len(reports) - 1

@@ -1,17 +1,21 @@
 """Textual pipelines and the loop that runs them."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.ir.printer import to_text
-from hikui.lowering.ir.program import Program
+from hikui.lowering.ir.program import SITE, Program
 from hikui.lowering.ir.verifier import verify
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.pipeline.run import InputUnchanged, Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
+from hikui.passes import PASSES
 from tests.lowering import handmade
 
 
@@ -53,6 +57,53 @@ class Break(Pass):
         return PassResult(program, True)
 
 
+@dataclass(frozen=True)
+class Divide(Pass):
+    """Fails as no pass should."""
+
+    name: ClassVar[str] = "divide"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        raise ZeroDivisionError
+
+
+@dataclass(frozen=True)
+class Liar(Pass):
+    """Says the opposite of what it does."""
+
+    name: ClassVar[str] = "liar"
+    modified: bool = True
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return PassResult(program if self.modified else program.clone(), self.modified)
+
+
+@dataclass(frozen=True)
+class Meddler(Pass):
+    """Changes the program that it is given, and gives back another."""
+
+    name: ClassVar[str] = "meddler"
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        node = next(iter(program.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)))
+        node.meta[SITE] = f"{node.meta.get(SITE, '')}x"
+        return PassResult(program.clone(), True)
+
+
+@dataclass(frozen=True)
+class Everything(Pass):
+    """Has an option of every type."""
+
+    name: ClassVar[str] = "a"
+    a: str = "x"
+    b: float = 0.5
+    aa: tuple[int, ...] = (1, 2)
+    bb: int = 1
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return PassResult(program, False)
+
+
 AVAILABLE = (Negate, Break)
 
 
@@ -63,6 +114,9 @@ AVAILABLE = (Negate, Break)
         ("negate{times=2}", [Negate(2)]),
         (" negate { times = 2 , loud=true } ,break", [Negate(2, loud=True), Break()]),
         ('negate{label="a,b{}=c"}', [Negate(label="a,b{}=c")]),
+        ('negate{label=" two ""quotes"" "}', [Negate(label=' two "quotes" ')]),
+        (r'negate{label="q\.k"},negate{label=q\.k}', [Negate(label=r"q\.k"), Negate(label=r"q\.k")]),
+        ('negate{label=""}', [Negate(label="")]),
         ("negate{}", [Negate()]),
     ],
 )
@@ -82,6 +136,10 @@ def test_parse_and_print(text: str, passes: list[Pass]) -> None:
         ("negate{times=2}break", "wants a comma"),
         ("negate,,break", "no pass name at column 8"),
         ("", "empty"),
+        ('negate{label=a"b}', "quote out of place at column 15"),
+        ('negate{label="a"b}', "quote out of place"),
+        ('negate{label="a}', "quote out of place"),
+        ("negate{times=1,times=2}", "'times' in pipeline 'negate{times=1,times=2}' is given twice"),
     ],
 )
 def test_bad_pipelines(text: str, message: str) -> None:
@@ -121,8 +179,85 @@ def test_run_calls_back_and_records() -> None:
     ]
 
 
-def test_errors_name_the_pass() -> None:
-    with pytest.raises(HikuiError, match="Pass negate: times cannot be negative"):
+def test_errors_keep_their_type_and_name_the_pass() -> None:
+    with pytest.raises(HikuiError, match="times cannot be negative") as refused:
         Pipeline([Negate(-1)]).run(handmade.program())
-    with pytest.raises(VerificationError, match="Pass break: The program must return a tuple of 3"):
+    assert refused.value.__notes__ == ["Pass negate"]
+    with pytest.raises(VerificationError, match="The program must return a tuple of 3") as broken:
         Pipeline([Break()]).run(handmade.program())
+    assert broken.value.__notes__ == ["Pass break"]
+    with pytest.raises(ZeroDivisionError) as defect:
+        Pipeline([Divide()]).run(handmade.program())
+    assert defect.value.__notes__ == ["Pass divide"]
+    assert (HikuiError.exit_code, UsageError.exit_code, VerificationError.exit_code) == (1, 2, 3)
+
+
+@pytest.mark.parametrize("modified", [True, False])
+def test_a_pass_that_lies_about_its_change_is_found(modified: bool) -> None:
+    with pytest.raises(VerificationError, match="change and gives back"):
+        Pipeline([Liar(modified)]).run(handmade.program())
+
+
+def test_a_pass_that_changes_its_input_is_found() -> None:
+    program = handmade.program()
+    Pipeline([Meddler()]).run(program)
+    with pytest.raises(VerificationError, match="Pass meddler changed the program that it was given"):
+        Pipeline([Meddler()], [InputUnchanged()]).run(program)
+    Pipeline([Negate()], [InputUnchanged()]).run(program)
+
+
+# ── round trips ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TEXT = st.text() | st.sampled_from(
+    ["", " ", '"', '""', "a,b", "{}", "k=v", r"layers\.\d+", ' "x" ', "true", "4", "a\nb"]
+)
+NUMBERS = {
+    int: st.integers(-(2**70), 2**70) | st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64, 128]),
+    float: st.floats(allow_nan=False) | st.sampled_from([1 / 3, 0.1, 1e-9, 0.05, 2.0]),
+}
+
+
+def options(kind: type[Pass]) -> st.SearchStrategy[Pass]:
+    """Passes of a kind with any options that it takes."""
+    hints = get_type_hints(kind)
+    values = {}
+    for field in fields(kind):
+        hint = hints[field.name]
+        if get_origin(hint) is Literal:
+            drawn: st.SearchStrategy[object] = st.sampled_from(get_args(hint))
+        elif hint is bool:
+            drawn = st.booleans()
+        elif hint is str:
+            drawn = TEXT | st.sampled_from(["int4-g64", "ternary-g128", "nf4-g32|int8-g64"])
+        elif hint in NUMBERS:
+            drawn = NUMBERS[hint]
+        else:
+            drawn = st.lists(st.integers()).map(tuple)
+        values[field.name] = st.just(field.default) | drawn
+
+    def make(chosen: dict[str, object]) -> Pass | None:
+        try:
+            return kind(**chosen)
+        except UsageError:
+            return None
+
+    return st.fixed_dictionaries(values).map(make).filter(lambda made: made is not None)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [*PASSES, Negate, Everything], ids=lambda kind: kind.name)
+@settings(max_examples=60, suppress_health_check=list(HealthCheck), deadline=None)
+@given(data=st.data())
+def test_every_pass_reads_back_from_its_text(kind: type[Pass], data: st.DataObject) -> None:
+    steps = data.draw(st.lists(options(kind), min_size=1, max_size=2))
+    text = str(Pipeline(steps))
+    assert parse_pipeline(text, [kind]) == steps
+    assert str(Pipeline(parse_pipeline(text, [kind]))) == text
+
+
+@given(text=st.text(alphabet='ab{}=,"\\ 1'))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        steps = parse_pipeline(text, [Everything, Negate])
+    except UsageError:
+        return
+    assert parse_pipeline(str(Pipeline(steps)), [Everything, Negate]) == steps

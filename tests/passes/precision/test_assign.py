@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, Program
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Assign, Override
 from hikui.passes.graph import sites
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random

@@ -8,7 +8,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, STATISTICS, Program
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Activation, Mixed
 from hikui.passes.graph import aten, hikui, is_weight, matrix_shape, sites, weight_of
 from hikui.passes.quantise.columns import mixed_order

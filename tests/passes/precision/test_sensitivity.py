@@ -7,7 +7,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Sensitivity
 from hikui.passes.graph import sites
 from hikui.passes.quantise.rounding import dequantise, round_matrix

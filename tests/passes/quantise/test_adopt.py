@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import lower as lower_model
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.checkpoint.folder import Checkpoint
@@ -175,7 +175,7 @@ def test_a_branch_finds_nothing_left_to_take_up(traced: Program) -> None:
 
 @pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
 def test_a_folder_is_lowered_to_an_artefact_that_verifies(backend: str, ordered: Path, tmp_path: Path) -> None:
-    artefact = driver.lower(ordered, tmp_path / "out", recipe="adopt", backend=backend)
+    artefact = lower_model(ordered, tmp_path / "out", recipe="adopt", backend=backend)
     assert verify_artefact.check_numbers(artefact, lambda: open_runner(artefact)).passed
     report = json.loads((artefact.directory / "report.json").read_text())
     assert len(report["sites"]) == 8

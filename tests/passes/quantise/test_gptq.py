@@ -202,7 +202,7 @@ def test_settled_and_refused() -> None:
     program = canonical("llama")
     data = calibration(program)
     assert_settled(Gptq(), lower(program, "gptq", data), data)
-    with pytest.raises(HikuiError, match="Pass gptq: It follows real text through the model and none was given"):
+    with pytest.raises(HikuiError, match="It follows real text through the model and none was given"):
         lower(program, "gptq")
     with pytest.raises(UsageError, match="damping is above 0"):
         Gptq(damping=0)

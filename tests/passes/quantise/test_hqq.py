@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import KINDS, Format, unpack
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Hqq
 from hikui.passes.quantise.hqq import HalfQuadratic, round_hqq
 from hikui.passes.quantise.rounding import Rounded, dequantise, round_matrix

@@ -16,7 +16,8 @@ from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import BLOCK, SITE, Program
 from hikui.lowering.pipeline.contract import Calibration, PassContext
-from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import FAMILIES
 from hikui.passes import PASSES, LearnedClip
 from hikui.passes.graph import float_sites, sites, weight_of

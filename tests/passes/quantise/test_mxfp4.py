@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import prepare
+from hikui.lowering.app.request import Request
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack, unpack_codes, unpack_scale
 from hikui.lowering.ir.program import Program
@@ -206,7 +207,7 @@ def test_what_is_wrong_with_the_request() -> None:
 
 
 def test_the_recipe(tmp_path: Path) -> None:
-    prepared = driver.prepare(tiny_checkpoint("llama", tmp_path), "mxfp4")
+    prepared = prepare(Request(tiny_checkpoint("llama", tmp_path), "mxfp4"))
     formats = {site.name: site.format for site in measure(prepared.program).sites}
     assert formats.pop("lm_head") == "int8-g64"
     assert set(formats.values()) == {"fp4-g32"}

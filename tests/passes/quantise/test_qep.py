@@ -101,7 +101,7 @@ def test_settled_and_refused() -> None:
     assert_settled(Qep(), program)
     with pytest.raises(HikuiError, match="No unpacked site matches 'nothing'; run `qep` before the quantiser"):
         lower(program, "qep{sites=nothing}")
-    with pytest.raises(HikuiError, match="Pass rtn: It follows real text"):
+    with pytest.raises(HikuiError, match="It follows real text"):
         lower(program, "rtn")
     for options, sentence in (({"alpha": 1.5}, "between 0 and 1"), ({"damping": 0.0}, "above 0")):
         with pytest.raises(UsageError, match=sentence):

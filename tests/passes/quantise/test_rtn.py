@@ -8,7 +8,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.ir.program import FORMAT, SITE, Program
 from hikui.lowering.pipeline.contract import PassContext
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Pack, Rtn
 from hikui.passes.graph import aten, hikui, sites
 from hikui.passes.quantise.rounding import dequantise, round_matrix

@@ -13,7 +13,8 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline.contract import PassContext
-from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import tiny_checkpoint
 from hikui.passes import PASSES
 from hikui.passes.graph import blocks, float_sites
@@ -88,7 +89,8 @@ import os, signal, sys, json, hashlib
 from pathlib import Path
 import torch
 from hikui.lowering.engine.resume import Resume
-from hikui.lowering.app import lower as driver
+from hikui.lowering.app.lower import read_calibration
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.pipeline import recipe
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.lowering.pipeline.run import Pipeline
@@ -96,8 +98,8 @@ from hikui.lowering.trace import trace
 
 folder, text, model = sys.argv[1:]
 save, traced = Resume.save, trace(model)
-chosen = recipe.load(Path(folder) / "recipe.yaml", driver.available_passes())
-data = driver.read_calibration(traced, Path(text), chosen.calibration)
+chosen = recipe.load(Path(folder) / "recipe.yaml", available_passes())
+data = read_calibration(traced, Path(text), chosen.calibration)
 
 def attempt(limit):
     count = 0
@@ -109,7 +111,7 @@ def attempt(limit):
         save(self, name, tensors)
     Resume.save = killing
     kept = Resume(None if limit is None else Path(folder) / "kept")
-    out = Pipeline(chosen.build(driver.available_passes())).run(traced, PassContext(data, resume=kept))
+    out = Pipeline(chosen.build(available_passes())).run(traced, PassContext(data, resume=kept))
     digest = hashlib.sha256()
     for key in out.store.keys():
         digest.update(key.encode() + out.store.load(key).numpy().tobytes())
@@ -173,11 +175,11 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 
 def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
     said: list[str] = []
-    with pytest.raises(HikuiError, match=r"Pass gptq: It needs about 0.0. GB of memory, most at .*; use fewer"):
+    with pytest.raises(HikuiError, match=r"It needs about 0.0. GB of memory, most at .*; use fewer"):
         lowered("gptq", memory=1000, announce=said.append)
     assert len(said) == 1
     assert said[0].startswith("gptq needs about")
-    with pytest.raises(HikuiError, match=r"Pass calibrate: It needs about .* and 0.00 GB of memory are there"):
+    with pytest.raises(HikuiError, match=r"It needs about .* and 0.00 GB of memory are there"):
         lowered("calibrate", memory=1000)
 
 

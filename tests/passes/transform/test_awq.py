@@ -9,7 +9,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import PassContext
-from hikui.lowering.pipeline.run import parse_pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Awq
 from hikui.passes.graph import groups, hikui, sites
 from hikui.passes.quantise.rounding import dequantise, round_matrix

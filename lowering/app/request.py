@@ -1,0 +1,129 @@
+"""What a user asks for, in one object, and how the work on it is to be done, in another."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, TypedDict
+
+from hikui.lowering.engine.jobs import Jobs
+from hikui.lowering.errors import UsageError
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline import recipe as recipes
+from hikui.lowering.pipeline.contract import Pass
+from hikui.lowering.pipeline.recipe import Recipe
+from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
+from hikui.lowering.trace import trace
+
+if TYPE_CHECKING:
+    from torch import nn
+
+REFERENCE_MODEL = "reference"
+
+Model: TypeAlias = "str | Path | nn.Module"
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of a `Request` beside the model, as keywords; see there."""
+
+    recipe: str | Path | Recipe | None
+    calibration: str | Path | None
+    context: int | None
+    target_bpw: float | None
+    tokenizer: str | Path | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model, and what is to become of it.
+
+    Attributes:
+        model: a Hugging Face folder or id, a transformers model, or `reference` for the model that comes with hikui.
+        recipe: a shipped recipe's name, a recipe file, or a recipe; None is the float model as it is.
+        calibration: text that calibrating passes read; documents are separated by `<|endoftext|>`.
+        context: context length; by default the model's own, at most 2048.
+        target_bpw: budget in bits per weight for the pass of the recipe that keeps to one.
+        tokenizer: folder with a tokenizer, instead of the model's own.
+    """
+
+    model: Model
+    recipe: str | Path | Recipe | None = "int4"
+    calibration: str | Path | None = None
+    context: int | None = None
+    target_bpw: float | None = None
+    tokenizer: str | Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The model's, for reports."""
+        if not isinstance(self.model, str | Path):
+            return type(self.model).__name__
+        path = Path(self.model)
+        return path.resolve().name if path.exists() else str(self.model)
+
+    @property
+    def source(self) -> Model:
+        """What `trace` takes: the shipped model's folder for `reference`, else what was given."""
+        if self.model == REFERENCE_MODEL and not Path(REFERENCE_MODEL).exists():
+            from hikui.models import reference
+
+            return reference.path()
+        return self.model
+
+    def traced(self, *, scratch: Path | None = None, finite: bool = True) -> Program:
+        """The model's program before any pass.
+
+        Args:
+            scratch: folder for tensors that passes make later; None keeps them in memory.
+            finite: read the weights, and refuse those that are not finite.
+
+        Raises:
+            HikuiError: the model cannot be opened or traced.
+        """
+        return trace(self.source, context=self.context, scratch=scratch, tokenizer=self.tokenizer, finite=finite)
+
+    def loaded_recipe(self) -> Recipe:
+        """The recipe, its budget set to the one that is asked for; see `load_recipe`."""
+        if self.recipe is None:
+            raise UsageError(f"{self.name} is to be lowered, and no recipe says how; name one.")
+        return load_recipe(self.recipe, self.target_bpw)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How work is done; nothing of this changes what comes out.
+
+    Attributes:
+        resume: keep what is finished in a hidden folder beside the output until all is, and go on from there after a
+            kill; what another model, recipe, text or version of hikui has left there is not used.
+        memory: bytes that passes may take; by default what the machine has free. A pass that needs more refuses.
+        jobs: how independent work is spread.
+        debug_dump: folder for the program's text and its diff after each pass.
+        check_inputs: hold every pass to leaving the program alone that it was given.
+        progress: called with what is being done.
+        announce: told what passes are about to need.
+    """
+
+    resume: bool = True
+    memory: int | None = None
+    jobs: Jobs = field(default_factory=Jobs)
+    debug_dump: Path | None = None
+    check_inputs: bool = False
+    progress: Progress = no_progress
+    announce: Announce = no_announcement
+
+
+def available_passes() -> dict[str, type[Pass]]:
+    """The passes of hikui and of installed third parties (entry points of the group `hikui.passes`), by name."""
+    from hikui.passes import available
+
+    return {kind.name: kind for kind in available()}
+
+
+def load_recipe(recipe: str | Path | Recipe, target_bpw: float | None = None) -> Recipe:
+    """A recipe by name, from a file, or as it is; with another budget in bits per weight where one is given.
+
+    Raises:
+        UsageError: it cannot be read, or has no use for the budget.
+    """
+    known = available_passes()
+    chosen = recipe if isinstance(recipe, Recipe) else recipes.load(recipe, known)
+    return chosen if target_bpw is None else chosen.with_budget(target_bpw, known)
