@@ -10,6 +10,7 @@ from torch import fx
 from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import (
     BLOCK,
+    FIXED,
     FLOAT_WEIGHT,
     FORMAT,
     GROUP,
@@ -22,9 +23,6 @@ from hikui.lowering.ir.program import (
 
 aten = torch.ops.aten
 hikui = torch.ops.hikui
-
-FIXED = "hikui.fixed_format"
-"""Metadata of a site whose format `override` has fixed: `assign` keeps it."""
 
 SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT)
 """What is known of a site, whatever op it has become."""

@@ -19,12 +19,9 @@ from hikui.lowering.engine.streaming import ACTIVATION_MEMORY, Stream, Watch
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, unpack
-from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.program import BRANCH, SITE, Program
 from hikui.lowering.ir.sizes import OPERANDS, column_order
 from hikui.lowering.pipeline.contract import Progress, no_progress
-
-BRANCH = "hikui.branch"
-"""Metadata of the sum that a branch beside a site ends with: the site's name."""
 
 _LINEAR = torch.ops.aten.linear.default
 _POSITIONS = 256

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -41,6 +42,10 @@ SENSITIVITY = "hikui.sensitivity"
 FORMAT = "hikui.format"
 CORRECTION = "hikui.correction"
 FLOAT_WEIGHT = "hikui.float_weight"
+BRANCH = "hikui.branch"
+FIXED = "hikui.fixed_format"
+TRANSFORMED = "hikui.transformed"
+ROTATED = "hikui.rotated"
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tuple[Any, ...], object]:
@@ -185,7 +190,8 @@ class Program:
         mode = self.fake_mode
         # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
         unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-        with mode, torch.no_grad(), unguarded:
+        # Some meta kernels call ops that take a symbolic size in Python only; a warm cache of shapes would hide it.
+        with enable_python_dispatcher(), mode, torch.no_grad(), unguarded:
             node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
 
     def propagate(self, *, everything: bool = False) -> None:

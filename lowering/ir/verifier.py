@@ -9,7 +9,7 @@ from hikui.lowering.formats import Format
 from hikui.lowering.ir.cache_shape import CacheTensor
 from hikui.lowering.ir.program import Program
 
-_PACKED_AT = {"linear": (1, 2, 4, 5), "linear_a8": (3, 4, 6, 7), "linear_a8_branch": (3, 4, 9, 10)}
+PACKED_AT = {"linear": (1, 2, 4, 5), "linear_a8": (3, 4, 6, 7), "linear_a8_branch": (3, 4, 9, 10)}
 """Positions of weight, scale, format and out_features among the arguments of the ops on packed weights."""
 
 
@@ -81,7 +81,7 @@ def _verify_outputs(program: Program) -> None:
 
 def _verify_packed(program: Program, node: fx.Node) -> None:
     op = str(node.target).split(".")[1]
-    weight_at, scale_at, format_at, out_at = _PACKED_AT[op]
+    weight_at, scale_at, format_at, out_at = PACKED_AT[op]
     try:
         fmt = Format.parse(str(node.args[format_at]))
     except UsageError as error:

@@ -9,9 +9,9 @@ import numpy as np
 
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.program import FORMAT, SENSITIVITY, SITE, Program
+from hikui.lowering.ir.program import FIXED, FORMAT, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import FIXED, float_sites, groups, matrix_shape
+from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Choice, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
 

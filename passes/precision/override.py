@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.program import FORMAT, SITE, Program
+from hikui.lowering.ir.program import FIXED, FORMAT, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import FIXED, float_sites, pattern, selected, sites
+from hikui.passes.graph import float_sites, pattern, selected, sites
 
 
 @dataclass(frozen=True)

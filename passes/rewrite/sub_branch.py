@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
-from hikui.lowering.ir.program import FLOAT_WEIGHT, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import BRANCH, FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import (
     aten,
@@ -117,10 +117,6 @@ class SubBranch(Pass):
                 f"{site}: rank {self.rank} is above the matrix's, {rank} is used",
             ]
         )
-
-
-BRANCH = "hikui.branch"
-"""Metadata of the sum that a branch ends with: the site's name."""
 
 
 def _integer_sites(program: Program) -> list[fx.Node]:

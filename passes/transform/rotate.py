@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError, VerificationError
-from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import ROTATED, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import argument, float_sites, groups, is_weight, sites, weight_of
 from hikui.passes.patterns.match import NoMatch
@@ -17,9 +17,6 @@ from hikui.passes.patterns.residual import Residual, match_residual
 from hikui.passes.quantise.packing import load_finite
 from hikui.passes.transform.folding import Fold, find_fold, replace_weight, rewrite
 from hikui.passes.transform.hadamard import Rotation, random_hadamard, random_orthogonal
-
-ROTATED = "hikui.rotated"
-"""Metadata of what reads or writes a rotated activation: `stream` or `heads`, a tuple."""
 
 _PART = 1 << 21
 """Weights rotated at a time; they are float64 meanwhile."""

@@ -9,14 +9,11 @@ from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.program import SITE, STATISTICS, Program
+from hikui.lowering.ir.program import SITE, STATISTICS, TRANSFORMED, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, pattern, selected, sites
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.transform.folding import Fold, find_fold, fold
-
-TRANSFORMED = "hikui.transformed"
-"""Metadata of a site: the names of the transforms that were folded around what it reads, a tuple."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import Tensor, fx
 from hikui.lowering.app import lower as driver
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.evaluation.error_table import BRANCH, ErrorTable, SiteError, error_table, is_float
+from hikui.lowering.evaluation.error_table import ErrorTable, SiteError, error_table, is_float
 from hikui.lowering.ir.interpreter import Interpreter
-from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.program import BRANCH, SITE, Program
 from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
 from hikui.lowering.trace import trace
