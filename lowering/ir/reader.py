@@ -59,7 +59,7 @@ def from_text(
     for cursor in cursors:
         reader.statement(cursor)
     last = Cursor("", source, lines[-1][0])
-    if not reader.returned:
+    if reader.returned is None:
         raise last.fail("the text ends without a `return`; the file is cut short, print it again.")
     program = Program(fx.GraphModule(nn.Module(), reader.graph), WeightStore({}), reader.header.config)
     # The text is checked by itself first, so that a fault of the weights is no fault of the text.
@@ -105,13 +105,13 @@ class _Reader:
         header: of the program.
         graph: so far.
         stored: every named tensor with its type and the line that names it.
-        returned: whether the last statement has been read.
+        returned: the last statement, once it has been read.
     """
 
     def __init__(self, header: Header) -> None:
         self.header, self.graph = header, fx.Graph()
         self.stored: dict[str, tuple[TensorInfo, Cursor]] = {}
-        self.returned = False
+        self.returned: Cursor | None = None
         self._nodes: dict[str, tuple[fx.Node, Cursor]] = {}
         self._stage, self._inputs = 0, 0
         self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -131,13 +131,15 @@ class _Reader:
         return tokens
 
     def place(self, sentence: str, otherwise: Cursor) -> Cursor:
-        """The line of the first node that a sentence names."""
-        named = (self._nodes[word][1] for word in re.findall(r"\w+", sentence) if word in self._nodes)
-        return next(named, otherwise)
+        """The line that a sentence of the verifier is about."""
+        found = re.search(r"(?:Node|Placeholder|placeholder|Cache) (\w+)", sentence)
+        if found and found[1] in self._nodes:
+            return self._nodes[found[1]][1]
+        return self.returned if self.returned is not None and re.search("output|return", sentence) else otherwise
 
     def statement(self, cursor: Cursor) -> None:
         """Reads one line."""
-        if self.returned:
+        if self.returned is not None:
             raise cursor.fail(f"{cursor.found()} follows the program's `return`; a text holds one program.")
         if cursor.sign("stored "):
             self._in_order(cursor, "stored")
@@ -271,7 +273,7 @@ class _Reader:
             values.append(self._node_of(cursor)(cursor.form(r"%\w+", "a node such as %logits")[1:]))
         cursor.end()
         self.graph.output(tuple(values))
-        self.returned = True
+        self.returned = cursor
 
 
 class _Bare:
