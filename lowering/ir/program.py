@@ -57,6 +57,15 @@ def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tupl
     return args, node.target(*args, **kwargs)
 
 
+def infer(node: fx.Node, mode: FakeTensorMode) -> None:
+    """Works out meta["val"] of a call from its operands', in the mode of their fake tensors."""
+    # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
+    unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+    # Some meta kernels (baddbmm's) call ops that take a symbolic size in Python only.
+    with enable_python_dispatcher(), mode, torch.no_grad(), unguarded:
+        node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a runner must know of the model."""
@@ -187,12 +196,7 @@ class Program:
 
     def infer(self, node: fx.Node) -> None:
         """Works out meta["val"] of a call from its operands', in the mode that holds the symbol of T."""
-        mode = self.fake_mode
-        # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
-        unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-        # Some meta kernels call ops that take a symbolic size in Python only; a warm cache of shapes would hide it.
-        with enable_python_dispatcher(), mode, torch.no_grad(), unguarded:
-            node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
+        infer(node, self.fake_mode)
 
     def propagate(self, *, everything: bool = False) -> None:
         """Fills in meta["val"] where a pass left it out, or everywhere."""

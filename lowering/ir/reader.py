@@ -20,7 +20,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.ir.printer import info_text, type_text
-from hikui.lowering.ir.program import WEIGHT, Program
+from hikui.lowering.ir.program import WEIGHT, Program, infer
 from hikui.lowering.ir.seeded import seeded_sources
 from hikui.lowering.ir.store import FileTensor, TensorInfo, TensorSource, WeightStore
 from hikui.lowering.ir.text_cursor import Cursor, nearest
@@ -255,7 +255,7 @@ class _Reader:
         """Works out the value's type, which must be the one that is written; `?` asks for nothing."""
         try:
             with _quiet():
-                self._program().infer(node)
+                infer(node, self._mode)
                 found = type_text(node.meta["val"])
         except Exception as error:  # whatever an op's meta kernel raises where operands do not fit
             raise cursor.fail(f"{title} does not take these operands: {_reason(error)}.") from error
@@ -264,9 +264,6 @@ class _Reader:
                 f"%{node.name} is written to be '{written}', but {title} gives {found} for these operands."
             )
 
-    def _program(self) -> Program:
-        return Program(_Bare(self.graph), WeightStore({}), self.header.config)  # type: ignore[arg-type]
-
     def _return(self, cursor: Cursor) -> None:
         values: list[fx.Node] = []
         while not values or cursor.sign(","):
@@ -274,13 +271,6 @@ class _Reader:
         cursor.end()
         self.graph.output(tuple(values))
         self.returned = cursor
-
-
-class _Bare:
-    """Stands for a graph module while the graph has no output yet: making a true one compiles the graph."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
 
 
 def _reason(error: Exception) -> str:
