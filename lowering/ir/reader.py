@@ -114,7 +114,8 @@ class _Reader:
         self.returned: Cursor | None = None
         self._nodes: dict[str, tuple[fx.Node, Cursor]] = {}
         self._stage, self._inputs = 0, 0
-        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        # Without fallbacks: an op that only its true kernel could tell the shape of would allocate what the text says.
+        self._mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True, allow_fallback_kernels=False)
         self._tokens = self._fake_tokens()
 
     def _fake_tokens(self) -> torch.Tensor:

@@ -118,12 +118,12 @@ def _draw(role: _Role, info: TensorInfo, generator: torch.Generator) -> Tensor:
         return _codes(role, generator)
     if role.kind == "scale":
         return _scales(role, info, generator)
+    if role.kind in _STATISTICS:
+        return _statistic(role.kind, info, generator)
     if not info.dtype.is_floating_point:
         return torch.ones(count) if info.dtype == torch.bool else torch.randperm(count, generator=generator)
     if role.kind == "step":
         return torch.full((count,), _STEP)
-    if role.kind in _STATISTICS:
-        return _statistic(role.kind, info, generator)
     drawn = torch.randn(count, generator=generator)
     if role.kind == "bias":
         return drawn * 0.1
