@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.formats import Format
 from hikui.passes import Qep
 from hikui.passes.measure import linalg
-from hikui.passes.measure.evidence import Evidence
+from hikui.passes.measure.evidence import OwnEvidence
 from hikui.passes.quantise.correction import corrected_rows
 from hikui.passes.quantise.gptq import Gptq
 from hikui.passes.quantise.hqq import Hqq
@@ -43,15 +44,15 @@ Method = Callable[[Tensor, Tensor], Tensor]
 """What becomes of a matrix float32 [n, k] whose site reads inputs [tokens, k]."""
 
 
-def plain(step: Quantiser, fmt: Format) -> Method:
+def plain(step: Quantiser[Any], fmt: Format) -> Method:
     """A quantiser alone."""
 
     def rounded(weight: Tensor, x: Tensor) -> Tensor:
         gram = x.double().t() @ x.double() / len(x)
         with Workers(1) as workers:
-            evidence = Evidence(mean_square=gram.diagonal().float(), gram=gram) if step.wants() else None
-            prepared = step.prepare(evidence, workers) if evidence is not None else None
-            return dequantise(step.quantise(weight, fmt, evidence, prepared), fmt)
+            known = {"mean_square": gram.diagonal().float(), "gram": gram}
+            evidence = OwnEvidence(**{name: known[name] for name in step.wants()})
+            return dequantise(step.quantise(weight, fmt, step.prepare(evidence, workers)), fmt)
 
     return rounded
 

@@ -4,6 +4,8 @@ Each carries one sentence that names the file, node or option at fault and the w
 sentence and exits with `exit_code`; anything else that escapes is a defect of hikui.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import ClassVar
 
 
@@ -21,3 +23,9 @@ class UsageError(HikuiError):
 
 class VerificationError(HikuiError):
     """A program breaks an invariant: a pass is at fault, not the user's input."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: the known name that is nearest to a wrong one, or nothing."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""

@@ -9,7 +9,7 @@ from hikui.backends.tvm.index import ALIGNMENT, INDEX, PARAMETERS, Index, Weight
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import Progress
+from hikui.lowering.progress import Progress
 
 _DTYPES = (torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64, torch.bool)
 

@@ -16,14 +16,15 @@ from hikui.lowering.artefact import report, text
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir import sizes
+from hikui.lowering.ir import dialect, sizes
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.store import FileTensor
 from hikui.lowering.memory import give_back
-from hikui.lowering.pipeline.contract import Pass, Progress
+from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
 from hikui.lowering.pipeline.run import StepRecord
+from hikui.lowering.progress import Progress
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
@@ -218,7 +219,7 @@ def toolchain() -> dict[str, str]:
 
 
 def _metrics(program: Program, sites: Sequence[report.SiteReport]) -> dict[str, float]:
-    rounded = any("quantize" in str(node.target) for node in program.graph.nodes)
+    rounded = any(node.target in dialect.ROUNDING_OPS for node in program.graph.nodes)
     found = {artefacts.REFERENCE_TOLERANCE: ROUNDED_TOLERANCE if rounded else TOLERANCE}
     errors = [site.weight_error for site in sites if site.weight_error is not None]
     return {**found, "largest_weight_error": max(errors)} if errors else found

@@ -21,19 +21,11 @@ from hikui.lowering.evaluation.error_table import is_float
 from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline import calibration as calibrations
 from hikui.lowering.pipeline import recipe as recipes
-from hikui.lowering.pipeline.contract import (
-    Announce,
-    Calibration,
-    Pass,
-    PassContext,
-    PassResult,
-    Progress,
-    no_announcement,
-    no_progress,
-)
+from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext, PassResult
 from hikui.lowering.pipeline.debug_dump import DebugDump
 from hikui.lowering.pipeline.recipe import CalibrationSettings, Recipe
 from hikui.lowering.pipeline.run import Callback, Pipeline
+from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
 from hikui.lowering.trace import trace
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.interpreter import ReferenceRunner
-from hikui.lowering.pipeline.contract import Progress, no_progress
 from hikui.lowering.pipeline.recipe import Recipe
+from hikui.lowering.progress import Progress, no_progress
 from hikui.lowering.trace import trace
 
 

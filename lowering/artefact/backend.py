@@ -7,7 +7,7 @@ from typing import Protocol
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import Progress
+from hikui.lowering.progress import Progress
 
 __all__ = ["Backend", "BuildResult", "Progress", "Runner"]
 

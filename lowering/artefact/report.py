@@ -2,25 +2,25 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch import Tensor, fx
+from torch import fx
 
-from hikui.lowering.formats import ROWS, Format, unpack
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.packed import float_and_packed_rows, is_packed
 from hikui.lowering.ir.program import SITE, Program
-from hikui.lowering.ir.sizes import OPERANDS, Sizes, column_order
+from hikui.lowering.ir.sizes import Sizes
 from hikui.lowering.ir.store import WeightStore
 from hikui.lowering.memory import give_back
-from hikui.lowering.pipeline.contract import Progress
 from hikui.lowering.pipeline.run import StepRecord
+from hikui.lowering.progress import Progress
 
 JSON = "report.json"
 HTML = "report.html"
-_BLOCKS = 128
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SiteReport:
 
 def site_reports(lowered: Program, sizes: Sizes, origin: Program | None, progress: Progress) -> list[SiteReport]:
     """Compares every site with the matrix that it had in `origin`, the canonical float program, one at a time."""
-    packed = {node.meta[SITE]: node for node in lowered.graph.nodes if SITE in node.meta and node.target in OPERANDS}
+    packed = {node.meta[SITE]: node for node in lowered.graph.nodes if SITE in node.meta and is_packed(node)}
     floats = {} if origin is None else _float_sites(origin)
     reports = []
     for index, site in enumerate(sizes.sites):
@@ -79,53 +79,11 @@ def _float_sites(program: Program) -> dict[str, str]:
 
 def _error(program: Program, node: fx.Node, floats: WeightStore, key: str) -> float:
     difference = total = 0.0
-    for rows, approximation in matrices(program, node, floats, key):
+    for rows, approximation in float_and_packed_rows(program, node, floats, key):
         difference += float((rows - approximation).square().sum(dtype=torch.float64))
         total += float(rows.square().sum(dtype=torch.float64))
     # Three digits: beyond them, the order of a sum on another machine would show.
     return float(f"{math.sqrt(difference / total):.3g}") if total else 0.0
-
-
-def matrices(program: Program, node: fx.Node, floats: WeightStore, key: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time, the float matrix of a packed site and what the site multiplies with: float32 [rows, K] each.
-
-    Both have their columns in the packed site's order; a branch inside the site's op is part of the second.
-
-    Args:
-        program: the lowered program.
-        node: a call of one of `OPERANDS`.
-        floats: holds the float matrix under `key`.
-        key: its store key.
-    """
-    places = OPERANDS[node.target]
-    fmt = Format.parse(str(node.args[places.format]))
-    n, k = floats.info(key).shape
-
-    def load(position: int) -> Tensor | None:
-        operand = node.args[position]
-        return program.store.load(program.weight_of(operand)) if isinstance(operand, fx.Node) else None
-
-    weight, scale = load(places.weight), load(places.scale)
-    assert weight is not None, "a packed op has its weight"
-    held = column_order(node)
-    order = None if held is None else program.store.load(program.weight_of(held)).long()
-    branch = tuple(tensor for position in places.branch if (tensor := load(position)) is not None)
-    # By blocks of rows: unpacked, the head of a large vocabulary takes gigabytes.
-    for block in range(0, weight.shape[0], _BLOCKS):
-        blocks = slice(block, block + _BLOCKS)
-        rows = floats.load_rows(key, block * ROWS, min((block + _BLOCKS) * ROWS, n)).float()
-        rows = rows if order is None else rows[:, order]
-        count = rows.shape[0]
-        approximation = unpack(fmt, weight[blocks], None if scale is None else scale[blocks], count, k)
-        if branch:
-            approximation += _product(branch[0], branch[1][blocks], count, k)
-        yield rows, approximation
-
-
-def _product(a: Tensor, b: Tensor, n: int, k: int) -> Tensor:
-    """B·A of a branch whose factors are packed as float16: float32 [n, k]."""
-    half, rank = Format("float16"), int(b.shape[1])
-    return unpack(half, b, None, n, rank) @ unpack(half, a, None, rank, k)
 
 
 def write(

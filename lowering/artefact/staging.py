@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.files import sync
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -96,19 +97,11 @@ class StagedFolder:
     def _publish(self) -> None:
         for folder, _, files in os.walk(self.content, topdown=False):
             for name in files:
-                _sync(Path(folder) / name)
-            _sync(Path(folder))
+                sync(Path(folder) / name)
+            sync(Path(folder))
         # Two runs may have passed the check at the start.
         self._refuse_strangers()
         if self.destination.exists():
             self.destination.rename(self._root / "replaced")
         self.content.rename(self.destination)
-        _sync(self.destination.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(self.destination.parent)

@@ -4,10 +4,9 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
-from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.errors import HikuiError, UsageError, did_you_mean
 
 _X86_V3 = ("avx2", "bmi2", "f16c", "fma")
 _X86_VNNI = (*_X86_V3, "avx512bw", "avx512dq", "avx512f", "avx512vl", "avx512_vnni")
@@ -132,7 +131,6 @@ def resolve(name: str) -> Target:
             )
         return max(fitting, key=lambda target: len(target.features))
     if name not in TARGETS:
-        near = get_close_matches(name, [*TARGETS, "host"], n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(name, [*TARGETS, "host"])
         raise UsageError(f"Target '{name}' is not known; the targets are host, {', '.join(TARGETS)}.{hint}")
     return TARGETS[name]

@@ -5,11 +5,10 @@ saved is whole or absent: written beside, synced, renamed. With no folder nothin
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.store import FileTensor
 
@@ -54,16 +54,10 @@ class Resume:
         """
         if self.folder is None:
             return
-        path = self.path(name)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        held = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: tensor.detach().contiguous() for key, tensor in tensors.items()}, partial)
-            _sync(partial)
-            partial.replace(path)
-            _sync(path.parent)
+            write_whole(self.path(name), partial(save_file, held))
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise HikuiError(
                 f"{self.folder} cannot keep what is finished: {error.strerror}; make room, or run with --no-resume."
             ) from error
@@ -96,14 +90,6 @@ class Resume:
         """Removes the folder with everything in it."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def run_key(program: Program, recipe: str, chunks: Iterable[Tensor]) -> str:

@@ -18,14 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from hikui.lowering import formats
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import Format
 from hikui.lowering.ir.interpreter import check_length, empty_cache
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import FLOAT_WEIGHT, WEIGHT, Program, evaluate
-from hikui.lowering.ir.sizes import column_order
 from hikui.lowering.memory import give_back
 
 ACTIVATION_MEMORY = 1 << 30
@@ -208,20 +206,19 @@ class Stream:
             if node.target is _LINEAR:
                 dense[node.name] = self._matrix(node)
             for operand in node.all_input_nodes:
-                if WEIGHT in operand.meta and operand.name not in weights:
-                    packed = node.target is _LINEAR and operand in node.args[1:3]
-                    if not packed:
-                        weights[operand.name] = self.program.store.load(self.program.weight_of(operand))
+                packed = node.target is _LINEAR and operand in PackedLinear.of(node).stored()
+                if WEIGHT in operand.meta and operand.name not in weights and not packed:
+                    weights[operand.name] = self.program.store.load(self.program.weight_of(operand))
         return _Stage(calls, weights, dense, alive)
 
     def _matrix(self, node: fx.Node) -> Tensor:
         """The matrix that a packed site multiplies with, float32 [n, k]."""
-        store = self.program.store
+        store, packed = self.program.store, PackedLinear.of(node)
         key = node.meta.get(FLOAT_WEIGHT)
         if self._as_float and key is not None:
-            held, weight = column_order(node), store.load(str(key))
-            return weight if held is None else weight[:, store.load(self.program.weight_of(held)).long()]
-        return dequantised(self.program, node)
+            order, weight = packed.column_order(store), store.load(str(key))
+            return weight if order is None else weight[:, order]
+        return packed.dense(store)
 
     def _run(
         self, stage: _Stage, values: dict[str, object], beside: Mapping[str, object], watched: Mapping[str, object]
@@ -243,9 +240,8 @@ class Stream:
 
         for node, dying in stage.calls:
             if node.name in stage.dense:
-                source, bias = node.args[0], node.args[3]
-                assert isinstance(source, fx.Node), "a packed site reads an activation"
-                x, added = value_of(source), value_of(bias) if isinstance(bias, fx.Node) else None
+                site = PackedLinear.of(node)
+                x, added = value_of(site.source), None if site.bias is None else value_of(site.bias)
                 assert isinstance(x, Tensor) and (added is None or isinstance(added, Tensor))
                 args, result = (x, *node.args[1:]), F.linear(x, stage.dense[node.name], added)
             else:
@@ -325,15 +321,6 @@ class Stream:
             self._shared[length] = _whole(resume.need(f"length-{length}"))
         for number in range(len(self._texts)):
             self._keep(number, _whole(resume.need(f"{number}")))
-
-
-def dequantised(program: Program, node: fx.Node) -> Tensor:
-    """The matrix that a `hikui::linear` multiplies with, its columns as they are stored: float32 [n, k]."""
-    x, packed, scale, _, fmt, rows = node.args
-    assert isinstance(x, fx.Node) and isinstance(packed, fx.Node) and isinstance(rows, int)
-    scales = program.store.load(program.weight_of(scale)) if isinstance(scale, fx.Node) else None
-    codes = program.store.load(program.weight_of(packed))
-    return formats.unpack(Format.parse(str(fmt)), codes, scales, rows, int(x.meta["val"].shape[-1]))
 
 
 def sees_text(node: fx.Node, varying: Collection[str], tokens: str) -> bool:

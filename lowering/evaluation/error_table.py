@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
-from hikui.lowering.artefact.report import matrices
 from hikui.lowering.engine.streaming import ACTIVATION_MEMORY, Stream, Watch
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats import Format, unpack
+from hikui.lowering.ir.packed import PackedLinear, float_and_packed_rows, is_packed
 from hikui.lowering.ir.program import BRANCH, SITE, Program
-from hikui.lowering.ir.sizes import OPERANDS, column_order
-from hikui.lowering.pipeline.contract import Progress, no_progress
+from hikui.lowering.progress import Progress, no_progress
 
 _LINEAR = torch.ops.aten.linear.default
 _POSITIONS = 256
@@ -68,7 +66,7 @@ class ErrorTable:
 
 def is_float(program: Program) -> bool:
     """Whether no matrix of a program is packed yet: the last such of a run is what `error_table` compares with."""
-    return not any(node.target in OPERANDS for node in program.graph.nodes)
+    return not any(map(is_packed, program.graph.nodes))
 
 
 def error_table(
@@ -171,7 +169,7 @@ class _Side:
         self.sites = {
             str(node.meta[SITE]): node
             for node in program.graph.nodes
-            if SITE in node.meta and (node.target in OPERANDS or node.target is _LINEAR)
+            if SITE in node.meta and (is_packed(node) or node.target is _LINEAR)
         }
         self.logits = program.outputs()[0]
 
@@ -215,8 +213,8 @@ class _Walk:
         cumulative = self._cumulative(name, mine, result)
         for number in range(self._texts):
             self._shelf.drop(name, number)
-        places = OPERANDS.get(theirs.target)
-        return SiteError(name, str(theirs.args[places.format]) if places else "float32", weight, output, cumulative)
+        fmt = str(PackedLinear.of(theirs).format) if is_packed(theirs) else "float32"
+        return SiteError(name, fmt, weight, output, cumulative)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -248,8 +246,7 @@ class _Walk:
     def _static(self, name: str, mine: fx.Node, theirs: fx.Node, branch: fx.Node | None) -> tuple[float, float]:
         """The weight and the output error."""
         program = self._lowered.program
-        held = column_order(theirs) if theirs.target in OPERANDS else None
-        order = None if held is None else program.store.load(program.weight_of(held)).long()
+        order = PackedLinear.of(theirs).column_order(program.store) if is_packed(theirs) else None
         factors = None if branch is None else _factors(program, theirs, branch)
         weight, output, start = _Ratio(), _Ratio(), 0
         for rows, approximation in self._matrices(mine, theirs):
@@ -270,8 +267,8 @@ class _Walk:
     def _matrices(self, mine: fx.Node, theirs: fx.Node) -> Iterator[tuple[Tensor, Tensor]]:
         floats, lowered = self._floats.program, self._lowered.program
         key = floats.weight_of(_weight(mine))
-        if theirs.target in OPERANDS:
-            yield from matrices(lowered, theirs, floats.store, key)
+        if is_packed(theirs):
+            yield from float_and_packed_rows(lowered, theirs, floats.store, key)
         else:
             yield floats.store.load(key), lowered.store.load(lowered.weight_of(_weight(theirs)))
 
@@ -325,12 +322,6 @@ def _factors(program: Program, node: fx.Node, total: fx.Node) -> tuple[Tensor, T
 
 
 def _dense(program: Program, product: fx.Node) -> Tensor:
-    stored = program.store.load(program.weight_of(_weight(product)))
-    if product.target is _LINEAR:
-        return stored
-    places, value = OPERANDS[product.target], product.args[0]
-    assert isinstance(value, fx.Node)
-    rows = product.args[places.rows]
-    assert isinstance(rows, int)
-    fmt = Format.parse(str(product.args[places.format]))
-    return unpack(fmt, stored, None, rows, int(value.meta["val"].shape[-1]))
+    if is_packed(product):
+        return PackedLinear.of(product).dense(program.store)
+    return program.store.load(program.weight_of(_weight(product)))

@@ -20,7 +20,7 @@ from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import UsageError
 from hikui.lowering.evaluation.quality import Progress
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 
 BOOTSTRAP = 1000
 """Draws for the standard error of what has no closed form, such as a perplexity."""

@@ -272,3 +272,17 @@ _define(
     _attention_quantized,
     _attention_quantized_meta,
 )
+
+_ops = torch.ops.hikui
+ROUNDING_OPS = frozenset(
+    {
+        _ops.quantize_activation.default,
+        _ops.quantize_activation_int4.default,
+        _ops.quantize_activation_static.default,
+        _ops.rms_norm_quantize.default,
+        _ops.swiglu_quantize.default,
+        _ops.cache_update_quantized.default,
+        _ops.attention_quantized.default,
+    }
+)
+"""Ops that round activations or caches: what comes after them is no continuous function of their operands."""

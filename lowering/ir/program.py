@@ -33,19 +33,21 @@ from hikui.lowering.errors import VerificationError
 from hikui.lowering.ir.cache_shape import FLOAT_CACHE, CacheShape, CacheTensor
 from hikui.lowering.ir.store import WeightStore
 
+# Keys of node.meta beside torch's own; docs/architecture.md says what each holds.
 WEIGHT = "hikui.weight"
+SOURCE = "hikui.source"
 SITE = "hikui.site"
 BLOCK = "hikui.block"
 GROUP = "hikui.group"
 STATISTICS = "hikui.statistics"
 SENSITIVITY = "hikui.sensitivity"
 FORMAT = "hikui.format"
-CORRECTION = "hikui.correction"
-FLOAT_WEIGHT = "hikui.float_weight"
-BRANCH = "hikui.branch"
 FIXED = "hikui.fixed_format"
+CORRECTION = "hikui.correction"
 TRANSFORMED = "hikui.transformed"
 ROTATED = "hikui.rotated"
+FLOAT_WEIGHT = "hikui.float_weight"
+BRANCH = "hikui.branch"
 
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tuple[Any, ...], object]:

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import ROWS, Format, pack
+from hikui.lowering.ir.packed import PackedLinear, is_packed, is_stored
 from hikui.lowering.ir.program import STATISTICS, WEIGHT, Program
 from hikui.lowering.ir.store import TensorInfo, TensorSource
-from hikui.lowering.ir.verifier import PACKED_AT
 
 aten = torch.ops.aten
 hikui = torch.ops.hikui
@@ -25,9 +25,6 @@ _BIASES: Mapping[object, int] = {
     aten.linear.default: 2,
     aten.layer_norm.default: 3,
     aten.addmm.default: 0,
-    hikui.linear.default: 3,
-    hikui.linear_a8.default: 5,
-    hikui.linear_a8_branch.default: 5,
 }
 """Where biases stand; they are small and lie around 0."""
 
@@ -82,26 +79,27 @@ def _roles(program: Program) -> dict[str, _Role]:
             _note(roles, node.args[at], _Role("bias"))
         if node.target is hikui.quantize_activation_static.default:
             _note(roles, node.args[1], _Role("step"))
-        if str(node.target).startswith("hikui.linear"):
-            _note_packed(roles, node)
+        if is_packed(node):
+            _note_packed(roles, PackedLinear.of(node))
     return roles
 
 
 def _note(roles: dict[str, _Role], operand: object, role: _Role) -> None:
-    if isinstance(operand, fx.Node) and WEIGHT in operand.meta:
+    if is_stored(operand):
         roles[operand.meta[WEIGHT]] = role
 
 
-def _note_packed(roles: dict[str, _Role], node: fx.Node) -> None:
-    weight_at, scale_at, format_at, out_at = PACKED_AT[str(node.target).split(".")[1]]
-    weight, rows, fmt = node.args[weight_at], node.args[out_at], Format.parse(str(node.args[format_at]))
-    if not (fmt.is_integer and isinstance(weight, fx.Node) and isinstance(rows, int)):
+def _note_packed(roles: dict[str, _Role], packed: PackedLinear) -> None:
+    weight, fmt, rows = packed.weight, packed.format, packed.rows
+    if packed.bias is not None:
+        _note(roles, packed.bias, _Role("bias"))
+    if not fmt.is_integer:
         return
     shape = tuple(weight.meta["val"].shape)
     columns = fmt.stored_columns(int(shape[1]))
     if _fits(fmt, rows, columns, shape):
         _note(roles, weight, _Role("codes", fmt, rows, columns))
-        _note(roles, node.args[scale_at], _Role("scale", fmt, rows, columns))
+        _note(roles, packed.scale, _Role("scale", fmt, rows, columns))
 
 
 def _fits(fmt: Format, rows: int, columns: int, shape: tuple[int, ...]) -> bool:

@@ -1,32 +1,14 @@
 """What a program's weights take: every linear site with its true bits, and everything else beside them."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
-from hikui.lowering.errors import VerificationError
-from hikui.lowering.ir.program import SITE, WEIGHT, Program
+from hikui.lowering.ir.packed import PackedLinear, is_packed, is_stored
+from hikui.lowering.ir.program import SITE, Program
 
 _LINEAR = torch.ops.aten.linear.default
-
-
-class Operands(NamedTuple):
-    """Positions among the arguments of an op on a packed weight; `branch` is those of A and B."""
-
-    weight: int
-    scale: int
-    branch: tuple[int, ...]
-    format: int
-    rows: int
-
-
-OPERANDS: dict[Any, Operands] = {
-    torch.ops.hikui.linear.default: Operands(1, 2, (), 4, 5),
-    torch.ops.hikui.linear_a8.default: Operands(3, 4, (), 6, 7),
-    torch.ops.hikui.linear_a8_branch.default: Operands(3, 4, (7, 8), 9, 10),
-}
 
 
 @dataclass(frozen=True)
@@ -90,10 +72,10 @@ def measure(program: Program) -> Sizes:
             continue
         if node.target is _LINEAR:
             weight = node.args[1]
-            if _is_weight(weight):
+            if is_stored(weight):
                 n, k = weight.meta["val"].shape
                 found.append(Site(_name(node, program), "float32", n, k, 0, _nbytes(weight)))
-        elif node.target in OPERANDS:
+        elif is_packed(node):
             site = _packed(node, program, orders)
             if node.target is torch.ops.hikui.linear.default and SITE not in node.meta:
                 branches += site.nbytes
@@ -102,66 +84,22 @@ def measure(program: Program) -> Sizes:
     return Sizes(tuple(found), branches, sum(_nbytes(node) for node in program.weight_nodes()))
 
 
-def column_order(node: fx.Node) -> fx.Node | None:
-    """The stored order (int32 [k]) in which a packed site's columns stand, if it is not the checkpoint's.
-
-    Args:
-        node: a call of one of `OPERANDS`.
-    """
-    source = _source(node)
-    if source.target is torch.ops.aten.index_select.default and _is_weight(source.args[2]):
-        assert isinstance(source.args[2], fx.Node), "it is a weight's placeholder"
-        return source.args[2]
-    return None
-
-
 def _packed(node: fx.Node, program: Program, orders: set[str]) -> Site:
     """A site on a packed weight; the order of a mixed one's columns counts at the first that reads it."""
-    places = OPERANDS[node.target]
-    held = [node.args[at] for at in (places.weight, places.scale, *places.branch)]
-    nbytes = sum(_nbytes(operand) for operand in held if isinstance(operand, fx.Node))
-    order = column_order(node)
+    packed = PackedLinear.of(node)
+    nbytes = sum(map(_nbytes, packed.stored()))
+    order = packed.order
     if order is not None and program.weight_of(order) not in orders:
         orders.add(program.weight_of(order))
         nbytes += _nbytes(order)
-    rank = 0
-    if places.branch:
-        up = node.args[places.branch[1]]
-        assert isinstance(up, fx.Node), "the branch's second factor is a weight"
-        rank = int(up.meta["val"].shape[1])
-    rows = node.args[places.rows]
-    assert isinstance(rows, int), "the number of rows is a constant"
-    return Site(_name(node, program), str(node.args[places.format]), rows, _in_features(node), rank, nbytes)
-
-
-def _in_features(node: fx.Node) -> int:
-    """K of a packed site: the last dimension of what was quantised, since q itself is padded."""
-    return int(_source(node).meta["val"].shape[-1])
-
-
-def _source(node: fx.Node) -> fx.Node:
-    """The float activation that a packed site reads, quantised or not."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node), "the first operand is an activation"
-    if node.target is not torch.ops.hikui.linear.default:
-        quantiser = source.args[0]
-        assert isinstance(quantiser, fx.Node), "q is the first output of an op that quantises"
-        if not str(quantiser.target).startswith("hikui."):
-            raise VerificationError(f"Node {node.name} reads {source.name}, which no hikui op has quantised.")
-        source = quantiser.args[0]
-        assert isinstance(source, fx.Node), "the first operand is an activation"
-    return source
+    return Site(_name(node, program), str(packed.format), packed.rows, packed.columns, packed.rank, nbytes)
 
 
 def _name(node: fx.Node, program: Program) -> str:
     if SITE in node.meta:
         return str(node.meta[SITE])
-    weight = next(operand for operand in node.all_input_nodes if _is_weight(operand))
+    weight = next(operand for operand in node.all_input_nodes if is_stored(operand))
     return program.weight_of(weight).removesuffix(".weight")
-
-
-def _is_weight(node: object) -> bool:
-    return isinstance(node, fx.Node) and WEIGHT in node.meta
 
 
 def _nbytes(node: fx.Node) -> int:

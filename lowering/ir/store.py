@@ -5,7 +5,6 @@ scratch folder, or stay in memory where there is none. Tensors never change once
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.files import write_whole
 
 _PART = 1 << 24
 """Elements widened at a time."""
@@ -126,6 +126,21 @@ class FileTensor:
         return torch.frombuffer(buffer, dtype=self.dtype).view(self.shape)
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """A tensor source: the transpose of a stored matrix, made when it is loaded."""
+
+    source: TensorSource
+
+    @property
+    def info(self) -> TensorInfo:
+        inner = self.source.info
+        return TensorInfo(inner.dtype, tuple(reversed(inner.shape)))
+
+    def load(self) -> Tensor:
+        return self.source.load().t().contiguous()
+
+
 class WeightStore:
     """A named set of immutable tensors.
 
@@ -193,12 +208,8 @@ class WeightStore:
         digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         path = scratch / f"{digest.hexdigest()}.bin"
         if not path.exists():
-            scratch.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
             try:
-                partial.write_bytes(data)
-                partial.replace(path)
+                write_whole(path, lambda beside: beside.write_bytes(data), durable=False)
             except OSError as error:
-                partial.unlink(missing_ok=True)
                 raise HikuiError(f"{scratch} cannot take the tensor '{key}': {error.strerror}.") from error
         return FileTensor(path, 0, tensor.dtype, tuple(tensor.shape))

@@ -4,13 +4,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hikui.lowering.errors import UsageError, VerificationError
-from hikui.lowering.formats import Format
+from hikui.lowering.errors import VerificationError
 from hikui.lowering.ir.cache_shape import CacheTensor
-from hikui.lowering.ir.program import Program
-
-PACKED_AT = {"linear": (1, 2, 4, 5), "linear_a8": (3, 4, 6, 7), "linear_a8_branch": (3, 4, 9, 10)}
-"""Positions of weight, scale, format and out_features among the arguments of the ops on packed weights."""
+from hikui.lowering.ir.packed import is_packed, verify_packed
+from hikui.lowering.ir.program import WEIGHT, Program
 
 
 def verify(program: Program) -> None:
@@ -31,14 +28,14 @@ def verify(program: Program) -> None:
     for node in program.graph.nodes:
         if node.op not in ("placeholder", "call_function", "output"):
             raise VerificationError(f"Node {node.name} is a {node.op}; a program holds placeholders and calls only.")
-        if node.op == "call_function" and str(node.target).startswith("hikui.linear"):
-            _verify_packed(program, node)
+        if is_packed(node):
+            verify_packed(node)
 
 
 def _verify_inputs(program: Program) -> None:
     seen_input = False
     for node in program.graph.find_nodes(op="placeholder"):
-        if "hikui.weight" not in node.meta:
+        if WEIGHT not in node.meta:
             seen_input = True
             continue
         if seen_input:
@@ -77,30 +74,3 @@ def _verify_outputs(program: Program) -> None:
     value = outputs[0].meta.get("val")
     if not isinstance(value, FakeTensor) or value.dim() != 3 or value.shape[-1] != program.config.vocabulary:
         raise VerificationError(f"The first output is not logits of shape [1, T, {program.config.vocabulary}].")
-
-
-def _verify_packed(program: Program, node: fx.Node) -> None:
-    op = str(node.target).split(".")[1]
-    weight_at, scale_at, format_at, out_at = PACKED_AT[op]
-    try:
-        fmt = Format.parse(str(node.args[format_at]))
-    except UsageError as error:
-        raise VerificationError(f"Node {node.name}: {error}") from error
-    weight, scale, n = node.args[weight_at], node.args[scale_at], node.args[out_at]
-    if not isinstance(weight, fx.Node) or not isinstance(n, int):
-        raise VerificationError(f"Node {node.name} does not take its weight as a node and its size as a number.")
-    # The op does not carry K, so it is bounded by the widths that the packed shape and the operand admit.
-    if op == "linear":
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
-        k = int(x.meta["val"].shape[-1])
-        want: list[tuple[tuple[int, ...] | None, object]] = [
-            (fmt.weight_shape(n, k), weight),
-            (fmt.scale_shape(n, k), scale),
-        ]
-        for shape, operand in want:
-            got = tuple(operand.meta["val"].shape) if isinstance(operand, fx.Node) else None
-            if got != shape:
-                raise VerificationError(f"Node {node.name} ({fmt}) has an operand of shape {got}; {shape} is due.")
-    elif weight.meta["val"].dtype != fmt.weight_dtype or weight.meta["val"].shape[0] != -(-n // 16):
-        raise VerificationError(f"Node {node.name}: weight {weight.name} is not {fmt} with {n} rows.")

@@ -5,7 +5,6 @@ in Python alike. It never changes the program it is given: it works on a clone, 
 `modified=False`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
@@ -15,21 +14,7 @@ from torch import Tensor
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.ir.program import Program
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and how many there are."""
-
-
-def no_progress(label: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-
-
-Announce = Callable[[str], None]
-"""Called with a sentence on what is about to happen."""
-
-
-def no_announcement(sentence: str) -> None:
-    """What nobody reads."""
+from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ A recipe is a YAML file. One pydantic model stands behind the file, the Python A
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from hikui.lowering.errors import UsageError
+from hikui.lowering.errors import UsageError, did_you_mean
 from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.run import make_pass
@@ -160,7 +159,7 @@ def load(name_or_path: str | Path, available: Passes) -> Recipe:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
-        hint = _nearest(str(name_or_path), shipped())
+        hint = did_you_mean(str(name_or_path), shipped())
         raise UsageError(
             f"There is no recipe '{name_or_path}': neither a file nor one of {', '.join(shipped())}.{hint}"
         ) from None
@@ -236,7 +235,7 @@ def _say(error: Mapping[str, Any]) -> str:
         known = _keys(Recipe)
         if path[:1] == ["calibration"]:
             known = _keys(CalibrationSettings)
-        return f"unknown key '{path[-1]}'; the keys are {', '.join(known)}.{_nearest(str(path[-1]), known)}"
+        return f"unknown key '{path[-1]}'; the keys are {', '.join(known)}.{did_you_mean(str(path[-1]), known)}"
     subject = ".".join(map(str, path)).removesuffix(".[key]") or "the recipe"
     if error["type"] == "missing":
         return f"the key '{subject}' is missing."
@@ -246,11 +245,6 @@ def _say(error: Mapping[str, Any]) -> str:
 
 def _keys(model: type[BaseModel]) -> list[str]:
     return [str(field.validation_alias or name) for name, field in model.model_fields.items()]
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def _list(options: Mapping[str, object]) -> str:

@@ -6,12 +6,11 @@ pipeline := pass (',' pass)*        pass := name [ '{' option (',' option)* '}' 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
 from typing import Protocol, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.errors import HikuiError, UsageError, VerificationError, did_you_mean
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.verifier import verify
 from hikui.lowering.memory import give_back
@@ -50,7 +49,7 @@ def make_pass(name: str, options: Mapping[str, object], available: Iterable[type
     """
     known = {cls.name: cls for cls in available}
     if name not in known:
-        raise UsageError(f"{where}Pass '{name}' is not known.{_nearest(name, known)}")
+        raise UsageError(f"{where}Pass '{name}' is not known.{did_you_mean(name, known)}")
     cls = known[name]
     hints = get_type_hints(cls)
     names = [f.name for f in fields(cls)]
@@ -58,7 +57,7 @@ def make_pass(name: str, options: Mapping[str, object], available: Iterable[type
     for key, value in options.items():
         if key not in names:
             takes = f" It takes {', '.join(names)}." if names else " It takes none."
-            raise UsageError(f"{where}Pass '{name}' has no option '{key}'.{_nearest(key, names) or takes}")
+            raise UsageError(f"{where}Pass '{name}' has no option '{key}'.{did_you_mean(key, names) or takes}")
         try:
             adapter: TypeAdapter[object] = TypeAdapter(hints[key], config=ConfigDict(str_strip_whitespace=True))
             values[key] = adapter.validate_python(value)
@@ -66,11 +65,6 @@ def make_pass(name: str, options: Mapping[str, object], available: Iterable[type
             reason = error.errors()[0]["msg"]
             raise UsageError(f"{where}Option '{key}' of pass '{name}' cannot be {value!r}: {reason}.") from error
     return cls(**values)
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def parse_pipeline(text: str, available: Iterable[type[Pass]]) -> list[Pass]:

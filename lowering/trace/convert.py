@@ -14,13 +14,10 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.program import WEIGHT
+from hikui.lowering.ir.program import SOURCE, WEIGHT
 from hikui.lowering.trace.blocks import module_path
 
 aten = torch.ops.aten
-
-SOURCE = "hikui.source"
-"""Metadata key of the line in the model's code that a node comes from, for messages."""
 
 _CHECKS = ("_assert", "sym_constrain_range", "_guards")
 """Starts of the names of ops that export inserts to check its assumptions; the runner checks its inputs itself."""

@@ -15,11 +15,13 @@ from hikui.passes.measure import linalg
 class Evidence:
     """Statistics of an activation's K columns over all tokens that were seen; what was not asked for is None.
 
+    Others may read the tensors too: none is to be changed.
+
     Attributes:
         mean_square: float32 [k], E[x²].
         max_abs: float32 [k], max|x|.
         mean_abs: float32 [k], E|x|.
-        gram: float64 [k, k], E[x·xᵀ]. A quantiser may factor it in place.
+        gram: float64 [k, k], E[x·xᵀ].
     """
 
     mean_square: Tensor | None = None
@@ -27,19 +29,38 @@ class Evidence:
     mean_abs: Tensor | None = None
     gram: Tensor | None = None
 
-    @staticmethod
-    def stored(program: Program, node: fx.Node, wanted: Set[str]) -> "Evidence":
-        """What `calibrate` has measured of a site."""
-        keys = node.meta[STATISTICS]
-        return Evidence(**{kind: _own(program.store.load(keys[kind])) for kind in sorted(wanted)})
+    def take_gram(self, order: Tensor | None = None) -> Tensor:
+        """A Gram matrix that may be overwritten, its columns in another order (int64 [k]) where one is given."""
+        assert self.gram is not None, "it was asked for, and not taken before"
+        return self.gram.clone() if order is None else linalg.permuted(self.gram, order)
 
-    def permuted(self, order: Tensor) -> "Evidence":
+    def permuted(self, order: Tensor) -> "OwnEvidence":
         """The same with its columns in another order: int64 [k]."""
         vectors = {
             name: None if (held := getattr(self, name)) is None else held[order]
             for name in ("mean_square", "max_abs", "mean_abs")
         }
-        return Evidence(**vectors, gram=None if self.gram is None else linalg.permuted(self.gram, order))
+        return OwnEvidence(**vectors, gram=None if self.gram is None else self.take_gram(order))
+
+
+class OwnEvidence(Evidence):
+    """Evidence that nobody else will read: whoever has it may use its Gram matrix up, which is gone then."""
+
+    @staticmethod
+    def stored(program: Program, node: fx.Node, wanted: Set[str]) -> "OwnEvidence":
+        """What `calibrate` has measured of a site."""
+        keys = node.meta[STATISTICS]
+        return OwnEvidence(**{kind: _own(program.store.load(keys[kind])) for kind in sorted(wanted)})
+
+    def shared(self) -> Evidence:
+        """The same for somebody who is not to use it up."""
+        return Evidence(self.mean_square, self.max_abs, self.mean_abs, self.gram)
+
+    def take_gram(self, order: Tensor | None = None) -> Tensor:
+        """The Gram matrix itself, which is given away."""
+        gram, self.gram = self.gram, None
+        assert gram is not None, "it was asked for, and not taken before"
+        return gram if order is None else linalg.permuted(gram, order)
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -106,7 +127,7 @@ class Sums:
             linalg.add_cross(self._cross, difference, rows, self._workers)
         self._waiting = []
 
-    def evidence(self) -> Evidence:
+    def evidence(self) -> OwnEvidence:
         """The means; the Gram matrix is handed over, so it can be had once."""
         self._multiply()
         every = {
@@ -114,7 +135,7 @@ class Sums:
             "max_abs": self._largest,
             "mean_abs": (self._magnitudes / self.tokens).float(),
         }
-        out = Evidence(**{name: tensor for name, tensor in every.items() if name in self._wanted})
+        out = OwnEvidence(**{name: tensor for name, tensor in every.items() if name in self._wanted})
         if self._gram is not None:
             linalg.mirror(self._gram)
             self._gram /= self.tokens

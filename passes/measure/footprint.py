@@ -14,7 +14,7 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import SITE, WEIGHT, Program
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.passes.graph import matrix_shape
-from hikui.passes.quantise.packing import row_parts
+from hikui.passes.matrices import row_parts
 
 _BYTES_A_WEIGHT = 32
 """Of what is made of a part of the rows: by corrections float64 matrices, by `gptq` half as much of twice as many."""

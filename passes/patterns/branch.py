@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.passes.graph import aten, hikui, is_call, is_weight
 from hikui.passes.patterns.match import NoMatch
 
@@ -77,4 +78,7 @@ def _is_factor(node: object) -> bool:
     """A float product with a stored matrix and without a bias, packed as float16 or not packed."""
     if is_call(node, aten.linear.default):
         return is_weight(node.args[1]) and len(node.args) == 2
-    return is_call(node, hikui.linear.default) and node.args[3] is None and node.args[4] == "float16"
+    if not is_call(node, hikui.linear.default):
+        return False
+    packed = PackedLinear.of(node)
+    return packed.bias is None and packed.format.kind == "float16"

@@ -12,7 +12,7 @@ from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import FIXED, FORMAT, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
-from hikui.passes.precision.budget import Choice, cheapest, solve, spend_at_random
+from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
 
 
@@ -75,7 +75,7 @@ class Assign(Pass):
             return PassResult(program, False)
         return PassResult(work, True, self._notes(choices, picks))
 
-    def _choices(self, program: Program) -> list[Choice]:
+    def _choices(self, program: Program) -> list[Candidates]:
         """One choice a tied group; the members that `override` has fixed are choices of their own."""
         out = []
         names = [str(fmt) for fmt in parse_formats(self.formats)]
@@ -93,7 +93,7 @@ class Assign(Pass):
                 shapes = [matrix_shape(node) for node in tied]
                 costs = [[node.meta.get(SENSITIVITY, {}).get(name, 0.0) for node in tied] for name in formats]
                 out.append(
-                    Choice(
+                    Candidates(
                         sites=tuple(node.meta[SITE] for node in tied),
                         formats=tuple(formats),
                         nbytes=tuple(tied_nbytes([Format.parse(name)] * len(shapes), shapes) for name in formats),
@@ -103,7 +103,7 @@ class Assign(Pass):
                 )
         return out
 
-    def _pick(self, choices: Sequence[Choice]) -> list[int]:
+    def _pick(self, choices: Sequence[Candidates]) -> list[int]:
         if self.mode == "uniform":
             return [0] * len(choices)
         weights = sum(choice.weights for choice in choices)
@@ -119,7 +119,7 @@ class Assign(Pass):
             return spend_at_random(choices, budget, np.random.default_rng(self.seed))
         return solve(choices, budget)
 
-    def _notes(self, choices: Sequence[Choice], picks: Sequence[int]) -> list[str]:
+    def _notes(self, choices: Sequence[Candidates], picks: Sequence[int]) -> list[str]:
         taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
         weights = sum(choice.weights for choice in choices)
         notes = [f"{8 * taken / weights:.3f} true bits per weight ({self.mode})"]

@@ -14,7 +14,7 @@ from hikui.lowering.errors import HikuiError
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidates:
     """A group of sites that get one format together.
 
     Attributes:
@@ -30,16 +30,16 @@ class Choice:
     weights: int
 
 
-def cheapest(choices: Sequence[Choice]) -> list[int]:
+def cheapest(choices: Sequence[Candidates]) -> list[int]:
     """The pick with the fewest bytes for each choice; of equal ones the one with the least cost, then the first."""
     return [_cheapest(choice) for choice in choices]
 
 
-def _cheapest(choice: Choice) -> int:
+def _cheapest(choice: Candidates) -> int:
     return min(range(len(choice.formats)), key=lambda pick: (choice.nbytes[pick], choice.costs[pick], pick))
 
 
-def solve(choices: Sequence[Choice], budget: int) -> list[int]:
+def solve(choices: Sequence[Candidates], budget: int) -> list[int]:
     """The picks with the least sum of costs whose bytes do not pass the budget.
 
     Groups that are alike in every number are interchangeable; the earlier one then gets the larger format, so that the
@@ -105,7 +105,7 @@ def _silent_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def _ordered(choices: Sequence[Choice], picks: Sequence[int]) -> list[int]:
+def _ordered(choices: Sequence[Candidates], picks: Sequence[int]) -> list[int]:
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, choice in enumerate(choices):
         alike.setdefault((choice.formats, choice.nbytes, choice.costs), []).append(index)
@@ -118,7 +118,7 @@ def _ordered(choices: Sequence[Choice], picks: Sequence[int]) -> list[int]:
     return out
 
 
-def spend_at_random(choices: Sequence[Choice], budget: int, generator: np.random.Generator) -> list[int]:
+def spend_at_random(choices: Sequence[Candidates], budget: int, generator: np.random.Generator) -> list[int]:
     """Starts with the fewest bytes and raises groups in random order to random larger formats while they fit."""
     picks = cheapest(choices)
     left = budget - sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))

@@ -12,9 +12,9 @@ from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorSource, WeightStore
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import blocks, float_sites, weight_of
+from hikui.passes.matrices import finite_rows, row_parts
 from hikui.passes.precision.candidates import parse_formats
-from hikui.passes.quantise.columns import column_order, require_mixable
-from hikui.passes.quantise.packing import finite_rows, row_parts
+from hikui.passes.quantise.columns import mixed_order, require_mixable
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 
 
@@ -95,7 +95,7 @@ class Sensitivity(Pass):
         """What a process needs to measure the sites of a block, without the program."""
         formats, out = parse_formats(self.formats), []
         for members in block:
-            orders = {str(fmt): column_order(program, members, fmt).long() for fmt in formats if fmt.is_mixed}
+            orders = {str(fmt): mixed_order(program, members, fmt).long() for fmt in formats if fmt.is_mixed}
             for node in members:
                 keys = {} if self.metric == "weight" else node.meta[STATISTICS]
                 kind = "gram" if self.metric == "output" and "gram" in keys else "mean_square"

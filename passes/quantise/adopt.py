@@ -12,11 +12,12 @@ from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix, Transpos
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import GROUPS, KINDS, Format, Packed, pack
 from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
+from hikui.lowering.ir.store import Transposed
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import aten, float_sites, insert, matrix_shape, selected, sites, weight_of
-from hikui.passes.quantise.packing import pack_by_rows, replace_with_packed, row_parts
+from hikui.passes.matrices import row_parts
+from hikui.passes.quantise.packing import pack_by_rows, replace_with_packed
 from hikui.passes.quantise.rounding import dequantise, round_matrix
-from hikui.passes.rewrite.canonicalise import Transposed
 
 _EXACT = ("sign", "ternary", "int2", "int3", "int4", "int8")
 """The kinds that may hold the codes of a checkpoint, the smallest first."""

@@ -12,15 +12,11 @@ from torch import Tensor, fx
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import GROUP, SITE, STATISTICS, Program
-from hikui.lowering.ir.sizes import column_order as stored_order
 from hikui.passes.graph import aten, insert, matrix_shape, weight_of
-from hikui.passes.quantise.packing import load_finite
-
-_PART = 1 << 22
-"""Weights squared at a time."""
+from hikui.passes.matrices import load_finite, row_parts
 
 
-def column_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tensor:
+def mixed_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tensor:
     """The order of the input columns of tied sites: the int4 ones first, each part ascending.
 
     A column counts Σ_i w_ij² · E[x_j²], summed over the sites: what the outputs owe to it. Of equal ones the earlier
@@ -41,10 +37,8 @@ def column_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tens
     _, k = matrix_shape(tied[0])
     squares = torch.zeros(k, dtype=torch.float64)
     for node in tied:
-        n, _ = matrix_shape(node)
-        rows = max(1, _PART // k)
-        for start in range(0, n, rows):
-            part = load_finite(program, weight_of(node), node.meta[SITE], slice(start, min(start + rows, n)))
+        for rows in row_parts(*matrix_shape(node)):
+            part = load_finite(program, weight_of(node), node.meta[SITE], rows)
             squares += part.double().square().sum(0)
     counts = squares * program.store.load(tied[0].meta[STATISTICS]["mean_square"]).double()
     assert fmt.columns is not None, "the format is mixed"
@@ -87,11 +81,11 @@ class Orders:
         """The permuted activation that a site is to read, and the order: int64 [k].
 
         Raises:
-            HikuiError: as `column_order`.
+            HikuiError: as `mixed_order`.
         """
         key = (node.meta[GROUP], fmt)
         if key not in self._placeholders:
-            order = column_order(self._program, self._tied[key], fmt)
+            order = mixed_order(self._program, self._tied[key], fmt)
             self._placeholders[key] = self._program.add_weight(self._name(key), order)
         held, x = self._placeholders[key], node.args[0]
         assert isinstance(x, fx.Node)
@@ -105,9 +99,3 @@ class Orders:
         while name in self._program.store:
             name, number = f"{group}.order.{fmt}#{number}", number + 1
         return name
-
-
-def order_of(program: Program, node: fx.Node) -> Tensor | None:
-    """The order in which a packed site's columns stand: int64 [k], or None where they stand as in the checkpoint."""
-    held = stored_order(node)
-    return None if held is None else program.store.load(program.weight_of(held)).long()

@@ -10,13 +10,13 @@ from torch import Tensor, fx
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.ir.program import CORRECTION, SITE, Program
 from hikui.passes.graph import matrix_shape, weight_of
+from hikui.passes.matrices import load_finite, row_parts
 from hikui.passes.measure import linalg
-from hikui.passes.quantise.packing import load_finite, row_parts
 
 
 def note(alpha: float, damping: float) -> str:
     """What a site's metadata says of its correction."""
-    return f"{alpha:g}/{damping:g}"
+    return f"{float(alpha)!r}/{float(damping)!r}"
 
 
 def settings(node: fx.Node) -> tuple[float, float]:

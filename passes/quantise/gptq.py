@@ -43,7 +43,7 @@ class Factor(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Gptq(Quantiser):
+class Gptq(Quantiser[Factor]):
     """Rounds sites with error compensation, in the order of the model, on what the quantised blocks before give them.
 
     Attributes:
@@ -87,19 +87,16 @@ class Gptq(Quantiser):
         return frozenset({"gram"})
 
     def prepare(self, evidence: Evidence, workers: Workers) -> Factor:
-        """Factors the Gram matrix, in place unless columns are reordered."""
-        gram, evidence.gram = evidence.gram, None
-        assert gram is not None, "it was asked for"
-        importance, order = gram.diagonal().float().clone(), None
-        if self.act_order:
-            order = torch.sort(gram.diagonal(), descending=True, stable=True).indices
-            gram = linalg.permuted(gram, order)
+        """Factors the Gram matrix."""
+        assert evidence.gram is not None, "it was asked for"
+        diagonal = evidence.gram.diagonal().clone()
+        order = torch.sort(diagonal, descending=True, stable=True).indices if self.act_order else None
+        gram = evidence.take_gram(order)
         linalg.factor_upper(gram, self.damping, workers)
-        return Factor(gram, order, importance)
+        return Factor(gram, order, diagonal.float())
 
-    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
-        """Rounds some rows; see `Quantiser.quantise`."""
-        assert isinstance(prepared, Factor), "prepare was called"
+    def quantise(self, weight: Tensor, fmt: Format, prepared: Factor) -> Rounded:
+        """Rounds some rows; see `Rounder.quantise`."""
         importance = prepared.importance if self.weighted else None
         return compensate(weight, fmt, prepared, self.clip, importance)
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import KINDS, Format, Segment
-from hikui.passes.measure.evidence import Evidence
-from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.quantise.quantiser import DataFreeQuantiser
 from hikui.passes.quantise.rounding import Rounded, group_codes, round_matrix, to_float16
 
 _CHUNK = 1 << 18
@@ -35,7 +34,7 @@ class HalfQuadratic:
 
 
 @dataclass(frozen=True)
-class Hqq(Quantiser):
+class Hqq(DataFreeQuantiser):
     """Rounds weights for the least Σ|w−ŵ|^p, p < 1, by half-quadratic splitting; it needs no data (after HQQ).
 
     Attributes:
@@ -60,7 +59,7 @@ class Hqq(Quantiser):
         if self.iterations < 1:
             raise UsageError(f"hqq cannot run {self.iterations} iterations; give 1 or more.")
 
-    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
+    def quantise(self, weight: Tensor, fmt: Format, prepared: None) -> Rounded:
         """As `round_hqq`."""
         return round_hqq(weight, fmt, HalfQuadratic(self.p, self.beta, self.kappa, self.iterations))
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Format
-from hikui.passes.measure.evidence import Evidence
-from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.quantise.quantiser import DataFreeQuantiser
 from hikui.passes.quantise.rounding import Rounded, round_matrix
 
 FORMAT = Format("fp4", 32)
@@ -27,7 +26,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Mxfp4(Quantiser):
+class Mxfp4(DataFreeQuantiser):
     """Rounds weights to mxfp4: e2m1 values with a power of two for each 32 of them.
 
     The values are those of the OCP MX formats, their place is not: packed as `fp4-g32`, where a scale is a float16,
@@ -48,7 +47,7 @@ class Mxfp4(Quantiser):
         if self.default_format() != FORMAT:
             raise UsageError(f"mxfp4 cannot round to {self.format or self.default_format()}; it takes {FORMAT} only.")
 
-    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
+    def quantise(self, weight: Tensor, fmt: Format, prepared: None) -> Rounded:
         """As `round_mxfp4`, for `fp4-g32`."""
         return round_mxfp4(weight, search=self.search) if fmt == FORMAT else round_matrix(weight, fmt)
 
@@ -82,11 +81,11 @@ def round_mxfp4(weight: Tensor, *, search: bool = False) -> Rounded:
         exponent = torch.where(largest > 0, torch.frexp(largest).exponent - 2 - _LARGEST_EXPONENT, -(1 << 15))
         if int(exponent.max()) > _SCALE_EXPONENTS[1]:
             raise OverflowError(f"a weight of {float(largest.max()):.3g} takes an mxfp4 scale that is beyond float16")
-        best, found = _nearest(grouped, exponent)
+        best, found = _nearest_e2m1(grouped, exponent)
         if search:
             least = _error(grouped, best, found)
             for shift in (1, -1):
-                tried, scale = _nearest(grouped, exponent + shift)
+                tried, scale = _nearest_e2m1(grouped, exponent + shift)
                 error = _error(grouped, tried, scale)
                 better = error < least
                 best = torch.where(better.unsqueeze(-1), tried, best)
@@ -96,7 +95,7 @@ def round_mxfp4(weight: Tensor, *, search: bool = False) -> Rounded:
     return Rounded(torch.cat(codes), torch.cat(scales))
 
 
-def _nearest(grouped: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_e2m1(grouped: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, as floats, [rows, groups, 32] and scales [rows, groups] for scales of 2 to these exponents."""
     # Put together from its bits, a power of two is exact on every machine.
     scale = (exponent.clamp(*_SCALE_EXPONENTS).to(torch.int32) + 127 << 23).view(torch.float32)

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
-from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import ROWS, Format, Packed
 from hikui.lowering.ir.program import FLOAT_WEIGHT, FORMAT, SITE, Program
-from hikui.lowering.ir.store import WeightStore
 from hikui.lowering.memory import give_back
 from hikui.passes.graph import (
     aten,
@@ -20,31 +18,7 @@ from hikui.passes.graph import (
     keep_site,
     replace,
 )
-
-_PART = 1 << 22
-"""Weights rounded and packed at a time: the head of a large vocabulary takes a gigabyte in float32 alone."""
-
-
-def load_finite(program: Program, weight: fx.Node, site: str, rows: slice | None = None) -> Tensor:
-    """A float32 matrix of the store, or some of its rows.
-
-    Raises:
-        HikuiError: it holds NaN or infinite values.
-    """
-    key = program.weight_of(weight)
-    return finite_rows(program.store, key, site, rows)
-
-
-def finite_rows(store: WeightStore, key: str, site: str, rows: slice | None = None) -> Tensor:
-    """A float32 matrix of a store, or some of its rows; see `load_finite`."""
-    tensor = (store.load(key) if rows is None else store.load_rows(key, rows.start, rows.stop)).float()
-    bad = int(tensor.numel() - tensor.isfinite().sum())
-    if bad:
-        raise HikuiError(
-            f"Site {site}: {bad} of {tensor.numel()} values of '{key}' are NaN or infinite; "
-            "mend or replace the checkpoint."
-        )
-    return tensor
+from hikui.passes.matrices import load_finite, row_parts
 
 
 def pack_by_rows(
@@ -86,12 +60,6 @@ def pack_by_rows(
 
     (workers or Workers(1)).each(fill, row_parts(n, k, times))
     return Packed(packed, scale)
-
-
-def row_parts(n: int, k: int, times: int = 1) -> list[slice]:
-    """The rows of a matrix in parts of whole blocks of the packed layout, small enough to be worked on at once."""
-    step = max(1, times * _PART // (k * ROWS)) * ROWS
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
 def replace_with_packed(

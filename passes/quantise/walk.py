@@ -6,6 +6,7 @@ and rounded on them, and X̂ goes on through the rounded matrices. After each bl
 """
 
 from contextlib import ExitStack
+from typing import Generic
 
 from torch import Tensor, fx
 
@@ -20,14 +21,15 @@ from hikui.passes.measure.evidence import Sums
 from hikui.passes.measure.footprint import estimate
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 from hikui.passes.quantise.correction import correct
-from hikui.passes.quantise.quantiser import Packer, Quantiser
+from hikui.passes.quantise.packer import Packer, preparations
+from hikui.passes.quantise.rounder import Prepared, Rounder
 
 
-class Walk(ResumableTraversal):
+class Walk(ResumableTraversal, Generic[Prepared]):
     """One pass of a quantiser through a model.
 
     Args:
-        quantiser: rounds.
+        rounder: rounds.
         program: the program before the pass, for the float activations.
         work: its clone, which is changed.
         context: has the calibration text.
@@ -38,26 +40,27 @@ class Walk(ResumableTraversal):
     """
 
     def __init__(
-        self, quantiser: Quantiser, program: Program, work: Program, context: PassContext, workers: Workers
+        self, rounder: Rounder[Prepared], program: Program, work: Program, context: PassContext, workers: Workers
     ) -> None:
-        super().__init__(quantiser.name, program, work, context, workers)
-        self._quantiser = quantiser
-        chosen = quantiser.chosen(work)
-        self._packer = Packer(quantiser, work, [(node, quantiser.format_of(node)) for node in chosen], workers)
+        super().__init__(rounder.name, program, work, context, workers)
+        self._rounder = rounder
+        chosen = rounder.chosen(work)
+        self._packer = Packer(rounder, work, chosen, workers)
         self._blocks = blocks(chosen)
         self._total = sum(map(len, self._blocks))
         self._done = 0
         corrected = any(CORRECTION in node.meta for node in chosen)
-        self._reads_float = quantiser.reads_float
-        self._needs_float = corrected or quantiser.reads_float
+        self._reads_float = rounder.reads_float
+        self._needs_float = corrected or rounder.reads_float
         self._counterparts = {node.name: node for node in program.graph.nodes}
+        held = max((preparations(rounder, group) for block in self._blocks for group in block), default=0)
         footprint = estimate(
             work,
             self._blocks,
             self._texts,
-            streams=1 + (corrected and not quantiser.reads_float),
-            matrices=("gram" in quantiser.wants() or corrected) + corrected,
-            spare=quantiser.spare_matrices,
+            streams=1 + (corrected and not rounder.reads_float),
+            matrices=("gram" in rounder.wants() or corrected) + corrected,
+            spare=rounder.spare_matrices + held,
             corrected=corrected,
             workers=workers.count,
         )
@@ -91,7 +94,7 @@ class Walk(ResumableTraversal):
 
     def _step(self) -> None:
         self._done += 1
-        self._context.progress(self._quantiser.name, self._done, self._total)
+        self._context.progress(self._rounder.name, self._done, self._total)
 
     def _quantise(
         self, group: list[fx.Node], float_stream: Stream | None, stream: Stream | None, kept: Resume
@@ -108,7 +111,7 @@ class Walk(ResumableTraversal):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                sums.append(Sums(x.shape[-1], self._quantiser.wants(), self._workers, cross=bool(corrected)))
+                sums.append(Sums(x.shape[-1], self._rounder.wants(), self._workers, cross=bool(corrected)))
             reference = float_stream.value(number, source) if corrected and float_stream is not None else None
             sums[0].add(x, reference)
 

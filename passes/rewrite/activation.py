@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.formats import Format
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import GROUP, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import hikui, insert, is_call, keep_site, replace
@@ -59,11 +59,12 @@ class Activation(Pass):
             assert isinstance(x, fx.Node)
             if x not in quantised:
                 quantised[x] = self._quantiser(work, x, node)
+            q, scale, sums = quantised[x]
             linear = insert(
                 work,
                 node,
                 hikui.linear_a8.default,
-                (*quantised[x], *node.args[1:]),
+                PackedLinear.of(node).arguments(hikui.linear_a8.default, q=q, q_scale=scale, q_sums=sums),
                 node,
             )
             keep_site(node, linear)
@@ -89,7 +90,7 @@ class Activation(Pass):
 
 def _integer_linears(program: Program) -> list[fx.Node]:
     found = [node for node in program.graph.nodes if is_call(node, hikui.linear.default)]
-    return [node for node in found if Format.parse(str(node.args[4])).is_integer]
+    return [node for node in found if PackedLinear.of(node).format.is_integer]
 
 
 def _step(program: Program, key: str, step: torch.Tensor) -> fx.Node:

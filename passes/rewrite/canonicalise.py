@@ -13,7 +13,7 @@ from torch import fx
 
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.ir.program import BLOCK, GROUP, SITE, WEIGHT, Program
-from hikui.lowering.ir.store import TensorInfo, TensorSource
+from hikui.lowering.ir.store import Transposed
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import (
     aten,
@@ -32,21 +32,6 @@ from hikui.passes.patterns.noop import ASSERTIONS, merged_view, noop_operand
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 _PARAMETER_SUFFIXES = (".weight", ".bias")
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """A tensor source: the transpose of a stored matrix, made when it is loaded."""
-
-    source: TensorSource
-
-    @property
-    def info(self) -> TensorInfo:
-        inner = self.source.info
-        return TensorInfo(inner.dtype, tuple(reversed(inner.shape)))
-
-    def load(self) -> torch.Tensor:
-        return self.source.load().t().contiguous()
 
 
 @dataclass(frozen=True)

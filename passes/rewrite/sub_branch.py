@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.formats import Format, unpack
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BRANCH, FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import (
@@ -24,7 +24,6 @@ from hikui.passes.graph import (
     selected,
     sites,
 )
-from hikui.passes.quantise.columns import order_of
 
 _DENSE = 512
 """Up to this many rows or columns the whole SVD is taken; above, only the leading part is iterated for."""
@@ -121,7 +120,7 @@ class SubBranch(Pass):
 
 def _integer_sites(program: Program) -> list[fx.Node]:
     packed = [node for node in sites(program) if is_call(node, hikui.linear.default)]
-    return [node for node in packed if Format.parse(str(node.args[4])).is_integer]
+    return [node for node in packed if PackedLinear.of(node).format.is_integer]
 
 
 def _has_branch(node: fx.Node) -> bool:
@@ -131,17 +130,15 @@ def _has_branch(node: fx.Node) -> bool:
 def _residual(program: Program, node: fx.Node) -> Tensor:
     """W − Ŵ in float64, [n, k]."""
     weight = program.store.load(node.meta[FLOAT_WEIGHT]).double()
-    packed, scale, fmt = node.args[1], node.args[2], Format.parse(str(node.args[4]))
-    assert isinstance(packed, fx.Node) and isinstance(scale, fx.Node)
-    stored = [program.store.load(program.weight_of(operand)) for operand in (packed, scale)]
-    order = order_of(program, node)
+    packed = PackedLinear.of(node)
+    order = packed.column_order(program.store)
     weight = weight if order is None else weight[:, order]
-    return weight - unpack(fmt, stored[0], stored[1], *weight.shape).double()
+    return weight - packed.dense(program.store).double()
 
 
 def _covariance(program: Program, node: fx.Node) -> Tensor:
     """E[x·xᵀ] in float64 with its damping: [k, k], or its diagonal [k] where that is all that was measured."""
-    keys, order = node.meta[STATISTICS], order_of(program, node)
+    keys, order = node.meta[STATISTICS], PackedLinear.of(node).column_order(program.store)
     if "gram" in keys:
         gram = program.store.load(keys["gram"]).double()
         gram = gram if order is None else gram[order][:, order]

@@ -10,12 +10,12 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.passes.graph import float_sites, matrix_shape, selected, weight_of
-from hikui.passes.quantise.columns import column_order, require_mixable
-from hikui.passes.quantise.packing import load_finite
-from hikui.passes.quantise.quantiser import Quantiser
+from hikui.passes.matrices import load_finite, row_parts
+from hikui.passes.quantise.columns import mixed_order, require_mixable
+from hikui.passes.quantise.rounder import BITS, GROUP, assigned_format, chosen_format
 from hikui.passes.quantise.rounding import dequantise, round_matrix
-from hikui.passes.transform.folding import Fold, row_parts
-from hikui.passes.transform.scaling import Choice, Scaling
+from hikui.passes.transform.folding import Fold
+from hikui.passes.transform.scaling import Factor, Scaling
 
 _STEPS = 20
 """Exponents tried: 0, 1/20, … 19/20."""
@@ -26,13 +26,6 @@ _SMALLEST = 1e-4
 
 _ROWS = 1024
 """Rows of a site that its error is taken over: of more, evenly spaced ones; each takes 20 products with the metric."""
-
-
-@dataclass(frozen=True)
-class _Trial(Quantiser):
-    """The format of sites that none was assigned to, with its options checked."""
-
-    name: ClassVar[str] = "awq"
 
 
 @dataclass(frozen=True)
@@ -56,36 +49,37 @@ class Awq(Scaling):
 
     name: ClassVar[str] = "awq"
     needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram")
-    bits: int = Quantiser.bits
-    group: int = Quantiser.group
+    bits: int = BITS
+    group: int = GROUP
     format: str = ""
     clip: Literal["minmax", "mse"] = "minmax"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._trial()
+        self.default_format()
 
-    def _trial(self) -> _Trial:
-        return _Trial(self.bits, self.group, self.format)
+    def default_format(self) -> Format:
+        """The format that sites are judged in which none was assigned to."""
+        return chosen_format(self.name, self.bits, self.group, self.format)
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no float site is named, or one has not been measured."""
         super().requires(program)
         for node in selected(float_sites(program), self.sites, self.skip):
-            if (fmt := self._trial().format_of(node)).is_mixed:
+            if (fmt := assigned_format(node, self.default_format())).is_mixed:
                 require_mixable([node], fmt)
 
-    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Factor:
         """Tries every exponent on every site of the group."""
         keys = found.members[0].meta[STATISTICS]
         magnitude = found.mean(program.store.load(keys["mean_abs"]).double())
         if not bool(magnitude.max() > 0):
-            return Choice(None, "it reads nothing but zeros")
+            return Factor(None, "it reads nothing but zeros")
         factors = candidates(magnitude)
-        formats = {node: self._trial().format_of(node) for node in found.members}
+        formats = {node: assigned_format(node, self.default_format()) for node in found.members}
         judged = [node for node in found.members if formats[node].is_integer]
         if not judged:
-            return Choice(None, "its formats are not rounded")
+            return Factor(None, "its formats are not rounded")
         metric = output_metric(program.store.load(keys["gram"]))
         errors = torch.zeros(_STEPS, dtype=torch.float64)
         for node in judged:
@@ -93,9 +87,9 @@ class Awq(Scaling):
             errors += self._judge(program, node, tied, formats[node], [s[found.ties] for s in factors], metric, workers)
         best = int(errors.argmin())
         if not bool(errors[best].isfinite()):
-            return Choice(None, "none of the scales fits float16")
+            return Factor(None, "none of the scales fits float16")
         saved = 1 - float(errors[best] / errors[0]) if float(errors[0]) > 0 else 0.0
-        return Choice(factors[best], f"a={best / _STEPS:g} takes {100 * saved:.1f} % off the squared output error")
+        return Factor(factors[best], f"a={best / _STEPS:g} takes {100 * saved:.1f} % off the squared output error")
 
     def _judge(
         self,
@@ -108,7 +102,7 @@ class Awq(Scaling):
         workers: Workers,
     ) -> Tensor:
         """The site's squared output error with each factor: float64 [factors], over the mean square of x."""
-        order = column_order(program, tied, fmt).long() if fmt.is_mixed else None
+        order = mixed_order(program, tied, fmt).long() if fmt.is_mixed else None
         step = -(-matrix_shape(node)[0] // _ROWS)
 
         def judge(part: slice) -> Tensor:
@@ -116,7 +110,7 @@ class Awq(Scaling):
             return output_errors(rows, factors, fmt, metric, self.clip, order)
 
         total = torch.zeros(len(factors), dtype=torch.float64)
-        for errors in workers.map(judge, row_parts(node)):
+        for errors in workers.map(judge, row_parts(*matrix_shape(node))):
             total += errors
         return total * step
 

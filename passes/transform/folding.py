@@ -17,12 +17,9 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorInfo, TensorSource
 from hikui.passes.graph import argument, aten, drop_weights, is_call, is_weight, matrix_shape, weight_of
+from hikui.passes.matrices import load_finite, row_parts
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.passing import Labels, carriers, is_cache, is_view
-from hikui.passes.quantise.packing import load_finite
-
-_PART = 1 << 22
-"""Weights rewritten at a time."""
 
 _POWERS = {"mean_square": 2, "max_abs": 1, "mean_abs": 1, "tokens": 0}
 """With which power of the factor a statistic shrinks."""
@@ -206,10 +203,8 @@ def rewrite(program: Program, node: fx.Node, at: int, tag: str, change: Callable
     weight = node.args[at]
     assert is_weight(weight)
     size, site = tuple(map(int, weight.meta["val"].shape)), node.meta.get(SITE, node.name)
-    rows = max(1, _PART // max(1, torch.Size(size[1:]).numel()))
     out = torch.empty(size)
-    for start in range(0, size[0], rows):
-        part = slice(start, min(start + rows, size[0]))
+    for part in row_parts(size[0], torch.Size(size[1:]).numel()):
         out[part] = change(load_finite(program, weight, site, part), part)
     replace_weight(program, node, at, tag, out)
 
@@ -276,12 +271,5 @@ def column_maxima(program: Program, members: Sequence[fx.Node], workers: Workers
         node, rows = part
         return load_finite(program, weight_of(node), node.meta[SITE], rows).abs().amax(0)
 
-    parts = [(node, rows) for node in members for rows in row_parts(node)]
+    parts = [(node, rows) for node in members for rows in row_parts(*matrix_shape(node))]
     return torch.stack(list(workers.map(largest, parts))).amax(0)
-
-
-def row_parts(node: fx.Node) -> list[slice]:
-    """The rows of a site's matrix in parts small enough to be worked on at once."""
-    n, k = matrix_shape(node)
-    rows = max(1, _PART // k)
-    return [slice(start, min(start + rows, n)) for start in range(0, n, rows)]

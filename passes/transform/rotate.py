@@ -11,10 +11,10 @@ from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.ir.program import ROTATED, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import argument, float_sites, groups, is_weight, sites, weight_of
+from hikui.passes.matrices import load_finite
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.passing import is_view, mixes_rows
 from hikui.passes.patterns.residual import Residual, match_residual
-from hikui.passes.quantise.packing import load_finite
 from hikui.passes.transform.folding import Fold, find_fold, replace_weight, rewrite
 from hikui.passes.transform.hadamard import Rotation, random_hadamard, random_orthogonal
 

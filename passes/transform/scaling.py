@@ -17,7 +17,7 @@ from hikui.passes.transform.folding import Fold, find_fold, fold
 
 
 @dataclass(frozen=True)
-class Choice:
+class Factor:
     """What a transform has chosen for a group.
 
     Attributes:
@@ -49,7 +49,7 @@ class Scaling(Pass):
             pattern(getattr(self, option), option)
 
     @abstractmethod
-    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Factor:
         """The factors of a group."""
 
     def requires(self, program: Program) -> None:
@@ -96,7 +96,7 @@ class Scaling(Pass):
 
     def _attempt(
         self, work: Program, members: list[fx.Node], chosen: set[fx.Node], workers: Workers
-    ) -> Choice | NoMatch:
+    ) -> Factor | NoMatch:
         left = [node for node in members if node not in chosen]
         if left:
             return NoMatch(f"its site {left[0].meta[SITE]} is not among the chosen ones", left[0].name)

@@ -9,7 +9,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import STATISTICS, Program
 from hikui.passes.transform.folding import Fold, column_maxima
-from hikui.passes.transform.scaling import Choice, Scaling
+from hikui.passes.transform.scaling import Factor, Scaling
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Smooth(Scaling):
         if not 0 <= self.alpha <= 1:
             raise UsageError(f"smooth cannot take alpha={self.alpha:g}; it lies between 0 and 1.")
 
-    def choose(self, program: Program, found: Fold, workers: Workers) -> Choice:
+    def choose(self, program: Program, found: Fold, workers: Workers) -> Factor:
         """The formula; a channel that is always zero, or that no weight reads, is left as it is."""
         activation = found.largest(program.store.load(found.members[0].meta[STATISTICS]["max_abs"]).double())
         weight = found.largest(column_maxima(program, found.members, workers).double())
@@ -45,7 +45,7 @@ class Smooth(Scaling):
         factor = torch.where(live, activation, 1.0) ** self.alpha / torch.where(live, weight, 1.0) ** (1 - self.alpha)
         factor = factor.float()
         before, after = (_spread(values[live]) for values in (activation, activation / factor.double()))
-        return Choice(factor, f"the largest column is {after:.3g} times the middle one, {before:.3g} times before")
+        return Factor(factor, f"the largest column is {after:.3g} times the middle one, {before:.3g} times before")
 
 
 def _spread(values: torch.Tensor) -> float:

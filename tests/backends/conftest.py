@@ -12,7 +12,7 @@ from hikui.lowering.errors import HikuiError
 def _build(target: str, directory: Path) -> Path:
     # Imported late, so that the other backend's tests do not load TVM.
     from hikui.backends.tvm import TvmBackend
-    from hikui.lowering.pipeline.contract import no_progress
+    from hikui.lowering.progress import no_progress
     from tests.backends import every_op
 
     directory.mkdir()

@@ -18,8 +18,9 @@ from hikui.lowering.app.lower import available_passes
 from hikui.lowering.artefact.target import Target, resolve
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import Calibration, PassContext, no_progress
+from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.progress import no_progress
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_VOCABULARY, tiny_model
 

@@ -16,7 +16,7 @@ from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.target import TARGETS, machine_triple, resolve
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 from hikui.passes.graph import hikui
 
 from . import onnxruntime_support as support

@@ -22,8 +22,9 @@ from hikui.lowering.formats import Format, pack
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import WEIGHT, CacheShape, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
-from hikui.lowering.pipeline.contract import PassContext, no_progress
+from hikui.lowering.pipeline.contract import PassContext
 from hikui.lowering.pipeline.run import Pipeline, parse_pipeline
+from hikui.lowering.progress import no_progress
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT
 

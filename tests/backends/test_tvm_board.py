@@ -16,7 +16,7 @@ from hikui.lowering.artefact.generate import generate
 from hikui.lowering.artefact.target import TARGETS, resolve
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.interpreter import ReferenceRunner
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 from tests.backends import every_op
 
 HOST = Board("x86_64-linux-gnu", threads=1)

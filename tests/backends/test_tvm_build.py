@@ -15,7 +15,7 @@ from hikui.lowering.artefact import elf
 from hikui.lowering.artefact.target import TARGETS, machine_triple
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 from tests.backends import every_op
 
 

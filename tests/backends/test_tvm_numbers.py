@@ -11,7 +11,7 @@ from hikui.lowering.artefact.generate import Runner, Sampling, generate
 from hikui.lowering.artefact.target import TARGETS, machine_triple, missing_features, resolve
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import FAMILIES, tiny_model
 from tests.backends import every_op

@@ -13,6 +13,7 @@ from filecheck.parser import Parser, pattern_for_opts
 from torch import Tensor, fx, nn
 
 from hikui.lowering.ir.interpreter import Interpreter
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import WEIGHT, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
@@ -117,6 +118,11 @@ def program_of(body: Callable[..., Tensor], **weights: Tensor) -> Program:
 
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def order_of(program: Program, node: fx.Node) -> Tensor | None:
+    """The order of a packed site's columns, int64 [k], or None."""
+    return PackedLinear.of(node).column_order(program.store)
 
 
 def calls(program: Program, target: object) -> list[fx.Node]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hikui.lowering.evaluation.harness import HarnessReport
     from hikui.lowering.evaluation.protocols import Excerpt, Protocol
     from hikui.lowering.evaluation.quality import Quality
-    from hikui.lowering.pipeline.contract import Progress
+    from hikui.lowering.progress import Progress
 
 LAYER_TEXTS = 8
 """Documents or windows that the table of layers reads, where no number is given."""

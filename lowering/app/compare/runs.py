@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation import protocols
 from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Score
+from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline.recipe import Recipe
 
@@ -249,15 +249,10 @@ def write(path: Path, content: str | bytes) -> None:
     Raises:
         HikuiError: the folder cannot take it.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    data = content.encode() if isinstance(content, str) else content
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_whole(path, lambda beside: beside.write_bytes(data))
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise HikuiError(
             f"{path.parent} cannot be written: {error.strerror}; make room or choose another -o."
         ) from None

@@ -21,7 +21,7 @@ from hikui.lowering.evaluation import protocols
 from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Difference, Quality, Score
 from hikui.lowering.ir.program import Program
-from hikui.lowering.pipeline.contract import Progress, no_progress
+from hikui.lowering.progress import Progress, no_progress
 from hikui.lowering.trace import trace
 
 

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hikui.lowering.engine.streaming import dequantised, sees_text
+from hikui.lowering.engine.streaming import sees_text
 from hikui.lowering.ir import dialect
 from hikui.lowering.ir.interpreter import block_segments, empty_cache
+from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, WEIGHT, Program, evaluate
 
 _hikui = torch.ops.hikui
@@ -127,7 +128,7 @@ class TrainingBlock:
         self._dense: dict[fx.Node, Tensor] = {}
         for node in self._calls:
             if node.target is _LINEAR:
-                self._dense[node] = dequantised(self._program, node)
+                self._dense[node] = PackedLinear.of(node).dense(self._program.store)
         for node in operands:
             read = [user for user in node.users if user in held]
             if WEIGHT in node.meta and not all(_is_matrix(node, user, learned) for user in read):
@@ -177,7 +178,7 @@ class TrainingBlock:
         for node in self._calls:
             matrix = matrices[node] if node in matrices else self._dense.get(node)
             if matrix is not None:
-                bias = node.args[3] if node.target is _LINEAR else _bias(node)
+                bias = PackedLinear.of(node).bias if node.target is _LINEAR else _bias(node)
                 x = value_of(node.args[0])
                 values[node] = F.linear(x, matrix, value_of(bias) if isinstance(bias, fx.Node) else None)
                 continue
@@ -197,4 +198,4 @@ def _is_matrix(weight: fx.Node, user: fx.Node, learned: set[fx.Node]) -> bool:
     """Whether a call reads a weight as the matrix that `TrainingBlock` has in another form."""
     if user in learned:
         return weight is user.args[1] and weight is not _bias(user)
-    return user.target is _LINEAR and weight in user.args[1:3]
+    return user.target is _LINEAR and weight in PackedLinear.of(user).stored()

@@ -20,15 +20,16 @@ from hikui.lowering.formats import Format, Packed, pack
 from hikui.lowering.ir.program import CORRECTION, SITE, WEIGHT, Program
 from hikui.lowering.pipeline.contract import PassContext, PassResult
 from hikui.passes.graph import blocks, matrix_shape, weight_of
-from hikui.passes.measure.evidence import Evidence
+from hikui.passes.matrices import load_finite
 from hikui.passes.measure.footprint import Footprint, estimate, value_nbytes
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 from hikui.passes.quantise.columns import Orders
 from hikui.passes.quantise.learned.block_learning import BlockLearning, Schedule
 from hikui.passes.quantise.learned.block_training import BlockSpan, spans
 from hikui.passes.quantise.learned.learned_scales import LearnedScales
-from hikui.passes.quantise.packing import load_finite, replace_with_packed
-from hikui.passes.quantise.quantiser import Packer, Quantiser
+from hikui.passes.quantise.packer import Packer
+from hikui.passes.quantise.packing import replace_with_packed
+from hikui.passes.quantise.quantiser import DataFreeQuantiser
 from hikui.passes.quantise.rounding import Rounded, round_matrix
 
 _BYTES_A_WEIGHT = 28
@@ -36,7 +37,7 @@ _BYTES_A_WEIGHT = 28
 
 
 @dataclass(frozen=True)
-class LearnedClip(Quantiser):
+class LearnedClip(DataFreeQuantiser):
     """Learns the scale of every row and group, block by block, for the least error of the block's output.
 
     A block's output behind the quantised blocks before it, with its matrices rounded, is compared with what it is in
@@ -86,8 +87,8 @@ class LearnedClip(Quantiser):
         """The blocks whose scales it learns."""
         return spans(program, [node for node in self.chosen(program) if self.format_of(node).is_integer])
 
-    def quantise(self, weight: Tensor, fmt: Format, evidence: Evidence | None, prepared: object) -> Rounded:
-        """Rounds rows of a site outside of the blocks; see `Quantiser.quantise`."""
+    def quantise(self, weight: Tensor, fmt: Format, prepared: None) -> Rounded:
+        """Rounds rows of a site outside of the blocks; see `Rounder.quantise`."""
         return round_matrix(weight, fmt)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -163,9 +164,7 @@ class _Learning(ResumableTraversal):
         """Packs the sites that have a float format, or that no block holds."""
         learned = {node.meta[SITE] for span in self._float_spans for node in span.sites}
         others = [node for node in self._options.chosen(self._work) if node.meta[SITE] not in learned]
-        packer = Packer(
-            self._options, self._work, [(node, self._options.format_of(node)) for node in others], self._workers
-        )
+        packer = Packer(self._options, self._work, others, self._workers)
         notes = []
         for node in others:
             if self._options.format_of(node).is_integer:

@@ -62,7 +62,7 @@ class LearnedScales:
 
     def rounded(self, scale: Tensor) -> Rounded:
         """The nearest codes for some scales, in the stored order of the columns."""
-        codes = [_nearest(grouped, scale[:, at], kind).flatten(1) for kind, grouped, at in self._parts]
+        codes = [_nearest_codes(grouped, scale[:, at], kind).flatten(1) for kind, grouped, at in self._parts]
         return Rounded(torch.cat(codes, 1)[:, : self._k].to(torch.int8), scale)
 
     def matrix(self, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class LearnedScales:
         made, slopes = [], []
         for kind, grouped, at in self._parts:
             own = scale[:, at].unsqueeze(-1)
-            slope = _nearest(grouped, scale[:, at], kind)
+            slope = _nearest_codes(grouped, scale[:, at], kind)
             made.append((slope * own).flatten(1))
             if kind != "sign":
                 low, high = KINDS[kind].levels[0], KINDS[kind].levels[-1]
@@ -113,7 +113,7 @@ class LearnedScales:
         self.theta.grad = of_scale * self._reach * strength * (1 - strength)
 
 
-def _nearest(grouped: Tensor, scale: Tensor, kind: str) -> Tensor:
+def _nearest_codes(grouped: Tensor, scale: Tensor, kind: str) -> Tensor:
     """The nearest codes, as floats."""
     if kind == "sign":
         return torch.where(grouped < 0, -1.0, 1.0)

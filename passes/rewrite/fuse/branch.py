@@ -3,6 +3,7 @@
 from torch import fx
 
 from hikui.lowering.formats import Format, pack
+from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import Program
 from hikui.passes.graph import (
     aten,
@@ -37,23 +38,18 @@ def fuse_branches(program: Program) -> FusionReport:
 def fuse_biases(program: Program) -> FusionReport:
     """Puts a stored vector that is added to a quantised site without a bias into the site, in place."""
     report = FusionReport("bias")
-    positions = {
-        hikui.linear_a8.default: 5,
-        hikui.linear_a8_branch.default: 5,
-        hikui.linear.default: 3,
-    }
     for node in list(program.graph.nodes):
         if not is_call(node, aten.add.Tensor) or len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
             continue
         main, bias = node.args
-        if not is_call(main, *positions):
+        if not is_packed(main):
             main, bias = bias, main
-        if not is_call(main, *positions) or not is_weight(bias) or len(main.users) != 1:
+        if not is_packed(main) or not is_weight(bias) or len(main.users) != 1:
             continue
-        position = positions[main.target]  # type: ignore[index]
-        if main.args[position] is not None or tuple(bias.meta["val"].shape) != (main.meta["val"].shape[-1],):
+        packed = PackedLinear.of(main)
+        if packed.bias is not None or tuple(bias.meta["val"].shape) != (packed.rows,):
             continue
-        main.update_arg(position, bias)
+        packed.set_bias(bias)
         replace(node, main)
         report.fused += 1
     return report
@@ -61,9 +57,9 @@ def fuse_biases(program: Program) -> FusionReport:
 
 def _rewrite(program: Program, match: BranchMatch) -> None:
     main = match.main
-    factors = [_packed(program, node) for node in (match.down, match.up)]
-    args = (*main.args[:6], match.x, *factors, *main.args[6:])
-    fused = insert(program, match.output, hikui.linear_a8_branch.default, args, main)
+    a, b = (_packed(program, node) for node in (match.down, match.up))
+    op = hikui.linear_a8_branch.default
+    fused = insert(program, match.output, op, PackedLinear.of(main).arguments(op, x=match.x, a=a, b=b), main)
     keep_site(main, fused)
     replace(match.output, fused)
 
@@ -71,8 +67,6 @@ def _rewrite(program: Program, match: BranchMatch) -> None:
 def _packed(program: Program, node: fx.Node) -> fx.Node:
     """The placeholder of a factor packed as float16; `sub_branch` has rounded the factors to what float16 holds."""
     if is_call(node, hikui.linear.default):
-        packed = node.args[1]
-        assert isinstance(packed, fx.Node)
-        return packed
+        return PackedLinear.of(node).weight
     key = program.weight_of(weight_of(node))
     return program.add_weight(f"{key}.{_FACTOR}", pack(_FACTOR, program.store.load(key)).weight)

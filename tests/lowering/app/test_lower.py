@@ -97,7 +97,7 @@ def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) ->
 def test_unknown_names_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no backend 'tvn'"):
         driver.lower(tiny, tmp_path / "out", backend="tvn")
-    with pytest.raises(UsageError, match="Did you mean raspberry-pi-4"):
+    with pytest.raises(UsageError, match="Did you mean 'raspberry-pi-4'"):
         driver.lower(tiny, tmp_path / "out", target="raspbery-pi-4")
     with pytest.raises(UsageError, match="Did you mean 'int4'"):
         driver.lower(tiny, tmp_path / "out", recipe="int44")

@@ -68,7 +68,7 @@ def test_no_file_tells_where_or_when_it_was_made(artefact: Artefact, tiny: Path)
     for name in artefact.manifest.files:
         data = (artefact.directory / name).read_bytes()
         assert str(tiny.parent).encode() not in data, name
-        assert str(Path(__file__).resolve().parents[2]).encode() not in data, name
+        assert str(Path(__file__).resolve().parents[3]).encode() not in data, name
 
 
 def test_every_flipped_byte_is_found_and_its_file_named(artefact: Artefact) -> None:

@@ -27,7 +27,7 @@ def test_threads_of_a_core_count_once(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_unknown_target_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="Did you mean raspberry-pi-5"):
+    with pytest.raises(UsageError, match="Did you mean 'raspberry-pi-5'"):
         resolve("raspberypi-5")
 
 

@@ -169,7 +169,7 @@ def test_a_branch_that_stands_beside_its_site_counts_as_the_fused_one(traced: Pr
 
 
 def test_columns_in_another_order_are_compared_column_by_column(traced: Program) -> None:
-    from hikui.passes.quantise.columns import order_of
+    from tests.passes.helpers import order_of
 
     floats, lowered = lower(
         traced, "calibrate,rtn{format=mixed-g32-c32},pack{format=float32},activation,fuse,dead_code"

@@ -19,7 +19,7 @@ from hikui.lowering.artefact.generate import Runner, generate
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation.harness import HarnessReport, read_tasks, run_tasks
 from hikui.lowering.evaluation.harness_model import HarnessModel
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 
 
 @pytest.fixture(scope="module")

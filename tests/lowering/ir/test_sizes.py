@@ -6,7 +6,7 @@ from hikui.lowering.app import lower as driver
 from hikui.lowering.artefact import report
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
-from hikui.lowering.pipeline.contract import no_progress
+from hikui.lowering.progress import no_progress
 
 
 def test_the_float_program_counts_every_parameter_once(tiny: Path, prepared: driver.Prepared) -> None:

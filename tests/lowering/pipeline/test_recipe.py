@@ -9,7 +9,7 @@ from hikui.lowering.errors import UsageError
 from hikui.lowering.pipeline import recipe
 
 PASSES = available_passes()
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 GOOD = """\
 schema: 1

@@ -1,8 +1,8 @@
 """calibrate: statistics of what sites read."""
 
-from pathlib import re
+import re
+from pathlib import Path
 
-import Path
 import pytest
 import torch
 

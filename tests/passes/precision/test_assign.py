@@ -13,13 +13,13 @@ from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.run import parse_pipeline
 from hikui.passes import PASSES, Assign, Override
 from hikui.passes.graph import sites
-from hikui.passes.precision.budget import Choice, cheapest, solve, spend_at_random
+from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from tests.passes.helpers import assert_settled, calibration, canonical, check, lower
 
 
-def choices_of(nbytes: list[list[int]], costs: list[list[float]]) -> list[Choice]:
+def choices_of(nbytes: list[list[int]], costs: list[list[float]]) -> list[Candidates]:
     return [
-        Choice((f"s{i}",), tuple(f"f{j}" for j in range(len(sizes_))), tuple(sizes_), tuple(cost), 100)
+        Candidates((f"s{i}",), tuple(f"f{j}" for j in range(len(sizes_))), tuple(sizes_), tuple(cost), 100)
         for i, (sizes_, cost) in enumerate(zip(nbytes, costs, strict=True))
     ]
 
@@ -62,7 +62,7 @@ def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
             bits, cost = (4.25, 8.25, 4.5), generator.lognormal(-5, 0.7)
             costs = tuple(cost * 4.0**-b * generator.uniform(0.9, 1.1) for b in bits)
             choices.append(
-                Choice(("s",), tuple(map(str, bits)), tuple(int(weights * b / 8) for b in bits), costs, weights)
+                Candidates(("s",), tuple(map(str, bits)), tuple(int(weights * b / 8) for b in bits), costs, weights)
             )
     print("before")
     picks = solve(choices, int(7.123 * sum(choice.weights for choice in choices) / 8))

@@ -11,7 +11,7 @@ from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, STATISTI
 from hikui.lowering.pipeline.run import parse_pipeline
 from hikui.passes import PASSES, Activation, Mixed
 from hikui.passes.graph import aten, hikui, is_weight, matrix_shape, sites, weight_of
-from hikui.passes.quantise.columns import column_order, order_of
+from hikui.passes.quantise.columns import mixed_order
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 from tests.passes.helpers import (
     SMALL_VOCABULARY,
@@ -22,6 +22,7 @@ from tests.passes.helpers import (
     canonical,
     check,
     lower,
+    order_of,
     program_of,
     random,
     run,
@@ -73,22 +74,22 @@ def test_the_most_important_columns_lead_in_their_order() -> None:
         for j, column in enumerate(program.store.load(program.weight_of(weight_of(node))).double().t()):
             counts[j] += float(column @ column) * float(mean_square[j])
     ranked = sorted(range(len(counts)), key=lambda j: (-counts[j], j))
-    order = column_order(program, tied, Format.parse("mixed-g32-c32")).tolist()
+    order = mixed_order(program, tied, Format.parse("mixed-g32-c32")).tolist()
     assert order == sorted(ranked[:32]) + sorted(ranked[32:])
 
 
 def test_equal_columns_are_taken_from_the_front() -> None:
     program = one_site(torch.zeros(8, 96))
     (site,) = sites(program)
-    assert column_order(program, [site], Format.parse("mixed-g32-c64")).tolist() == list(range(96))
+    assert mixed_order(program, [site], Format.parse("mixed-g32-c64")).tolist() == list(range(96))
 
 
 def test_parts_of_rows_do_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     program = one_site(random(SMALL_VOCABULARY, 96, seed=1))
     fmt, found = Format.parse("mixed-g32-c32"), sites(program)
-    whole = column_order(program, found, fmt)
-    monkeypatch.setattr("hikui.passes.quantise.columns._PART", 96 * 5)
-    assert torch.equal(column_order(program, found, fmt), whole)
+    whole = mixed_order(program, found, fmt)
+    monkeypatch.setattr("hikui.passes.matrices.PART", 96 * 5)
+    assert torch.equal(mixed_order(program, found, fmt), whole)
 
 
 @pytest.mark.parametrize("weighted", ["false", "true"])
@@ -100,7 +101,7 @@ def test_the_program_computes_with_the_rounded_matrix(weighted: str) -> None:
     (node,) = sites(out)
     assert node.args[4] == "mixed-g32-c64"
     order, fmt = order_of(out, node), Format.parse("mixed-g32-c64")
-    assert order is not None and order.tolist() == column_order(program, [site], fmt).tolist()
+    assert order is not None and order.tolist() == mixed_order(program, [site], fmt).tolist()
     importance = program.store.load(site.meta[STATISTICS]["mean_square"])[order] if weighted == "true" else None
     rounded = dequantise(round_matrix(weight[:, order], fmt, "mse", importance), fmt)
     held = [out.store.load(out.weight_of(operand)) for operand in node.args[1:3] if is_weight(operand)]

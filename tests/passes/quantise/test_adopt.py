@@ -22,7 +22,6 @@ from hikui.lowering.pipeline.contract import PassContext
 from hikui.lowering.trace import trace
 from hikui.passes import Adopt
 from hikui.passes.graph import aten, float_sites, hikui, is_weight, sites
-from hikui.passes.quantise.columns import order_of
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 from tests.lowering.checkpoint.quantised_folders import (
     Grid,
@@ -42,6 +41,7 @@ from tests.passes.helpers import (
     calls,
     check,
     lower,
+    order_of,
     program_of,
     random,
     run,
@@ -269,7 +269,7 @@ def test_parts_of_rows_change_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     grid = random_grid(72, 96, act_order=True, seed=4)
     program = one_site(tmp_path, grid)
     whole = held(adopted(program)[0])
-    monkeypatch.setattr("hikui.passes.quantise.packing._PART", 96 * 32)
+    monkeypatch.setattr("hikui.passes.matrices.PART", 96 * 32)
     parts = held(adopted(program)[0])
     assert parts[0] == whole[0]
     assert torch.equal(parts[1], whole[1])

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError
-from hikui.lowering.formats import Format
+from hikui.lowering.formats import KINDS, Format
 from hikui.lowering.ir.program import Program
 from hikui.passes import Gptq
-from hikui.passes.measure.evidence import Evidence
+from hikui.passes.measure.evidence import OwnEvidence
 from hikui.passes.quantise.gptq import compensate
 from hikui.passes.quantise.rounding import Rounded, dequantise, group_codes, round_matrix
 from tests.passes.helpers import (
@@ -36,26 +36,59 @@ def covariance(k: int, tokens: int = 400) -> Tensor:
     return x.double().t() @ x.double() / tokens
 
 
-def printed(weight: Tensor, gram: Tensor, fmt: Format, *, act_order: bool, clip: str) -> Tensor:
-    """Algorithm 1 of Frantar et al., in float64 and column by column: the update with the Cholesky factor of H⁻¹."""
+def assert_printed(got: Rounded, weight: Tensor, gram: Tensor, fmt: Format, *, act_order: bool, clip: str) -> None:
+    """Algorithm 1 of Frantar et al., in float64 and column by column: the update with the Cholesky factor of H⁻¹.
+
+    It goes on with the codes and scales that were chosen, so that each choice is judged alone: what a code is to be
+    nearest to is known to within the error of float32 sums in any order, and only where it lies so near to the middle
+    of two codes may either be chosen. The same goes for scales.
+    """
     n, k = weight.shape
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(k, dtype=torch.float64)
     order = torch.arange(k)
     if act_order:
         order = torch.sort(damped.diagonal(), descending=True, stable=True).indices
-    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
-    left, out = weight.double()[:, order].clone(), torch.zeros(n, k, dtype=torch.float64)
-    scales, size = round_matrix(weight, fmt, clip).scale.clone(), fmt.group_size(k)
+    damped = damped[order][:, order]
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    # H = U·Uᵀ: what is to be made up for in a column is Σ e_j·U_jk / U_kk, whose terms bound the error of the sum.
+    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    scaled = (upper / upper.diagonal()).abs().triu(1)
+    size, rounding = fmt.group_size(k), (k + 10) * 2.0**-24
+    left, lost = weight.double()[:, order].clone(), torch.zeros(n, k, dtype=torch.float64)
+    scales, codes = got.scale.double(), got.codes.double()
+    if act_order or fmt.group is None:
+        assert torch.equal(got.scale, round_matrix(weight, fmt, clip).scale)
     for at in range(k):
         column = int(order[at])
+        error = rounding * (weight[:, column].abs() + lost.abs() @ scaled[:, at])
         if not act_order and fmt.group is not None and at % size == 0:
-            part = left[:, at : at + size].float()
-            scales[:, at // size] = round_matrix(part, Format(fmt.kind), clip).scale[:, 0]
-        scale = scales[:, column // size]
-        value = nearest_codes(left[:, at].float(), scale, fmt.kind).double() * scale.double()
-        out[:, column] = value
+            assert_chosen(scales[:, at // size], left[:, at : at + size], float(error.max()), fmt.kind, clip)
+        scale, code = scales[:, column // size], codes[:, column]
+        levels = torch.tensor(KINDS[fmt.kind].levels, dtype=torch.float64)
+        away = (left[:, at, None] - scale[:, None] * levels).abs()
+        value = code * scale
+        assert bool(((left[:, at] - value).abs() <= away.min(1).values + 2 * error).all()), f"column {column}"
+        lost[:, at] = weight[:, column] - value
         left[:, at:] -= torch.outer((left[:, at] - value) / factor[at, at], factor[at, at:])
-    return out
+
+
+def assert_chosen(scale: Tensor, part: Tensor, error: float, kind: str, clip: str) -> None:
+    """The scales [n] are those of a group's values [n, group], which are known to within an error."""
+    fmt = Format(kind)
+    want = round_matrix(part.float(), fmt, clip).scale[:, 0].double()
+    if clip == "minmax":
+        # Where the quotient lies at the middle of two float16 numbers, either.
+        assert bool(((scale - want).abs() <= 2.0**-10 * want.abs()).all())
+        quotient = part.abs().amax(1) / KINDS[kind].levels[-1] if kind != "sign" else part.abs().mean(1)
+        assert bool(((scale - quotient).abs() <= (2.0**-11 + 1e-6) * quotient + error).all())
+        return
+    levels = torch.tensor(KINDS[kind].levels, dtype=torch.float64)
+
+    def squares(candidate: Tensor) -> Tensor:
+        return (part[..., None] - candidate[:, None, None] * levels).abs().amin(-1).square().sum(1)
+
+    allowed = 2 * error * part.abs().sum(1)
+    assert bool((squares(scale) <= squares(want) + allowed).all())
 
 
 def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
@@ -65,8 +98,8 @@ def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
 
 def rounded(step: Gptq, weight: Tensor, gram: Tensor, fmt: Format) -> Rounded:
     with Workers(1) as workers:
-        prepared = step.prepare(Evidence(gram=gram.clone()), workers)
-    return step.quantise(weight, fmt, None, prepared)
+        prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers)
+    return step.quantise(weight, fmt, prepared)
 
 
 def loss(difference: Tensor, gram: Tensor) -> float:
@@ -79,12 +112,10 @@ def loss(difference: Tensor, gram: Tensor) -> float:
 def test_it_is_the_printed_algorithm(name: str, act_order: bool, clip: str) -> None:
     fmt, weight, gram = Format.parse(name), random(19, 200), covariance(200)
     step = Gptq(format=name, act_order=act_order, clip=clip, damping=DAMPING)  # type: ignore[arg-type]
-    got = dequantise(rounded(step, weight, gram, fmt), fmt).double()
-    want = printed(weight, gram, fmt, act_order=act_order, clip=clip)
-    # Two ways to the same column; where it lies at the middle of two codes they may part, which no row here does.
-    assert torch.equal(got, want)
+    got = rounded(step, weight, gram, fmt)
+    assert_printed(got, weight, gram, fmt, act_order=act_order, clip=clip)
     nearest = dequantise(round_matrix(weight, fmt, clip), fmt)
-    assert loss(weight - got, gram) < 0.9 * loss(weight - nearest, gram)
+    assert loss(weight - dequantise(got, fmt), gram) < 0.9 * loss(weight - nearest, gram)
 
 
 def test_mixed_columns_have_scales_of_their_own_kind() -> None:
@@ -122,7 +153,7 @@ def test_uncorrelated_columns_are_rounded_to_nearest() -> None:
 def test_the_rows_do_not_see_each_other() -> None:
     fmt, weight, gram = Format.parse("int3-g64"), random(40, 128), covariance(128)
     with Workers(1) as workers:
-        factor = Gptq(act_order=False).prepare(Evidence(gram=gram.clone()), workers)
+        factor = Gptq(act_order=False).prepare(OwnEvidence(gram=gram.clone()), workers)
     whole = compensate(weight, fmt, factor, "mse")
     parts = [compensate(part, fmt, factor, "mse") for part in weight.split(16)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))

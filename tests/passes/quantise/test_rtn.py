@@ -175,7 +175,7 @@ def test_wrong_options() -> None:
 @pytest.mark.parametrize("pipeline", ["rtn{bits=4,group=32}", "rtn{bits=8,group=64}", "pack{format=float16}"])
 def test_parts_of_rows_give_the_same_bytes(pipeline: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lower(canonical("llama"), pipeline)
-    monkeypatch.setattr("hikui.passes.quantise.packing._PART", 1)
+    monkeypatch.setattr("hikui.passes.matrices.PART", 1)
     parts = lower(canonical("llama"), pipeline)
     assert parts.store.keys() == whole.store.keys()
     assert all(torch.equal(parts.store.load(key), whole.store.load(key)) for key in whole.store.keys())

@@ -149,7 +149,7 @@ def test_mixed_formats_keep_their_columns() -> None:
 def test_parts_of_rows_choose_alike(judged: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hikui.passes.transform.awq._ROWS", judged)
     whole = lower(measured("llama"), "awq{bits=3,group=32,sites=layers.1}")
-    monkeypatch.setattr("hikui.passes.transform.folding._PART", 48 * 7)
+    monkeypatch.setattr("hikui.passes.matrices.PART", 48 * 7)
     parts = lower(measured("llama"), "awq{bits=3,group=32,sites=layers.1}")
     assert parts.store.keys() == whole.store.keys()
     for key in whole.store.keys():

@@ -243,7 +243,7 @@ def test_planted_outliers_are_spread() -> None:
 def test_parts_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = lower(canonical("llama"), "rotate{heads=true}")
     monkeypatch.setattr("hikui.passes.transform.rotate._PART", 48 * 5)
-    monkeypatch.setattr("hikui.passes.transform.folding._PART", 48 * 7)
+    monkeypatch.setattr("hikui.passes.matrices.PART", 48 * 7)
     parts = lower(canonical("llama"), "rotate{heads=true}")
     assert parts.store.keys() == whole.store.keys()
     for key in whole.store.keys():
