@@ -1,25 +1,25 @@
-"""Programs as text: stable, one node a line, for people, tests and diffs."""
+"""Programs as text: complete, stable, one node a line; `reader.from_text` reads it back.
+
+docs/architecture.md gives the grammar and says what the text leaves out.
+"""
 
 import difflib
-from collections.abc import Iterable
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
 
 import torch
 from torch import fx
+from torch.utils._sympy.numbers import IntInfinity
 
-from hikui.lowering.ir.program import BLOCK, CORRECTION, FORMAT, GROUP, SENSITIVITY, SITE, WEIGHT, Program
+from hikui.lowering.ir.cache_shape import FLOAT_CACHE, CacheShape
+from hikui.lowering.ir.program import WEIGHT, Program
+from hikui.lowering.ir.store import TensorInfo
+from hikui.lowering.ir.text_tables import ANNOTATIONS, DTYPES, MODULE, module_of
 
-_DTYPES = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float64: "f64",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.bool: "i1",
-}
-_ANNOTATIONS = (SITE, GROUP, BLOCK, FORMAT, CORRECTION, SENSITIVITY)
+BARE = r"[\w.+#/-]+"
+"""Texts that stand without quotation marks in annotations; so does the architecture."""
 
 
 class _Symbols:
@@ -40,21 +40,40 @@ class _Symbols:
         return out
 
 
-def _type(value: object, symbols: _Symbols) -> str:
+def type_text(value: object, symbols: _Symbols | None = None) -> str:
+    """The type of a value, such as `f32[1, T, 48]`; a tuple's is the types of its parts in parentheses."""
+    symbols = symbols or _Symbols()
     if isinstance(value, torch.Tensor):
-        return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(symbols.text, value.shape))}]"
+        return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(symbols.text, value.shape))}]"
     if isinstance(value, tuple | list):
-        return f"({', '.join(_type(item, symbols) for item in value)})"
+        return f"({', '.join(type_text(item, symbols) for item in value)})"
     return symbols.text(value)
+
+
+def info_text(info: TensorInfo) -> str:
+    """The type of a stored tensor."""
+    return f"{DTYPES.get(info.dtype, str(info.dtype))}[{', '.join(map(str, info.shape))}]"
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _bare(text: str) -> str:
+    return text if re.fullmatch(BARE, text) else _string(text)
 
 
 def _argument(value: object) -> str:
     if isinstance(value, fx.Node):
         return f"%{value.name}"
-    if isinstance(value, tuple | list):
+    if isinstance(value, list):
         return f"[{', '.join(map(_argument, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_argument, value))})"
+    if isinstance(value, torch.device):
+        return f"device({_string(str(value))})"
     if isinstance(value, str):
-        return f'"{value}"'
+        return _string(value)
     return str(value)
 
 
@@ -65,30 +84,81 @@ def _target(node: fx.Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
+def _annotation(node: fx.Node, key: str, kind: str) -> str:
+    if key == MODULE:
+        return _bare(path) if (path := module_of(node)) else ""
+    if key not in node.meta:
+        return ""
+    value = node.meta[key]
+    if kind == "numbers":
+        return f"{{{', '.join(f'{_bare(name)}: {float(value[name])!r}' for name in sorted(value))}}}"
+    if kind == "texts":
+        return f"{{{', '.join(f'{_bare(name)}: {_bare(str(value[name]))}' for name in sorted(value))}}}"
+    if kind == "list":
+        return f"[{', '.join(map(_bare, value))}]"
+    return _bare(str(value))
+
+
 def _annotations(node: fx.Node) -> str:
-    found = []
-    for key in _ANNOTATIONS:
-        if key in node.meta:
-            value = node.meta[key]
-            if isinstance(value, dict):
-                value = "{" + ", ".join(f"{k}: {value[k]:.6g}" for k in sorted(value)) + "}"
-            found.append(f"{key.removeprefix('hikui.')}={value}")
+    texts = {name: _annotation(node, key, kind) for name, (key, kind) in ANNOTATIONS.items()}
+    found = [f"{name}={text}" for name, text in texts.items() if text]
     return f"  // {' '.join(found)}" if found else ""
 
 
+def _range(program: Program) -> str:
+    """The range of T: 1 to the context length in what `trace` makes, something narrower where a program says so."""
+    tokens = program.input_nodes()[0].meta.get("val") if program.input_nodes() else None
+    size = tokens.shape[-1] if isinstance(tokens, torch.Tensor) and tokens.dim() else None
+    if not isinstance(size, torch.SymInt):
+        return ""
+    found = size.node.shape_env.var_to_range.get(size.node.expr)
+    if found is None:
+        return ""
+    upper = program.config.context_length if isinstance(found.upper, IntInfinity) else int(found.upper)
+    return f" T={int(found.lower)}..{upper}"
+
+
+def _caches(caches: Sequence[CacheShape]) -> str:
+    """Each layer's cache as `heads x size : format`, what repeats as `… *layers`."""
+    texts = []
+    for cache, run in groupby(caches):
+        count = len(list(run))
+        stored = "" if cache.format == FLOAT_CACHE else f":{cache.format}"
+        texts.append(f"{cache.heads}x{cache.head_size}{stored}{f' *{count}' if count > 1 else ''}")
+    return f" caches=[{', '.join(texts)}]" if texts else ""
+
+
+def _header(program: Program) -> str:
+    config = program.config
+    bos = "" if config.bos_token_id is None else f" bos={config.bos_token_id}"
+    eos = f" eos=[{', '.join(map(str, config.eos_token_ids))}]" if config.eos_token_ids else ""
+    return (
+        f"program {_bare(config.architecture)} context={config.context_length} vocabulary={config.vocabulary}"
+        f"{_range(program)}{_caches(config.caches)}{bos}{eos}"
+    )
+
+
+def _call(node: fx.Node, symbols: _Symbols) -> str:
+    arguments = [*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in sorted(node.kwargs.items()))]
+    value = type_text(node.meta["val"], symbols) if "val" in node.meta else "?"
+    return f"  %{node.name} = {_target(node)}({', '.join(arguments)}) : {value}{_annotations(node)}"
+
+
 def _lines(program: Program) -> Iterable[str]:
-    symbols, config = _Symbols(), program.config
-    yield f"program {config.architecture} context={config.context_length} vocabulary={config.vocabulary}"
+    symbols = _Symbols()
+    yield _header(program)
+    placed = {program.weight_of(node) for node in program.weight_nodes()}
+    for key in program.store.keys():
+        if key not in placed:
+            yield f"  stored {_string(key)} : {info_text(program.store.info(key))}"
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            kind = f' weight "{program.weight_of(node)}"' if WEIGHT in node.meta else " input"
-            yield f"  %{node.name} ={kind} : {_type(node.meta['val'], symbols)}"
+            kind = f" weight {_string(program.weight_of(node))}" if WEIGHT in node.meta else " input"
+            yield f"  %{node.name} ={kind} : {type_text(node.meta['val'], symbols)}"
         elif node.op == "output":
             yield f"  return {', '.join(map(_argument, program.outputs()))}"
         else:
-            arguments = [*map(_argument, node.args), *(f"{k}={_argument(v)}" for k, v in sorted(node.kwargs.items()))]
-            value = _type(node.meta["val"], symbols) if "val" in node.meta else "?"
-            yield f"  %{node.name} = {_target(node)}({', '.join(arguments)}) : {value}{_annotations(node)}"
+            yield _call(node, symbols)
 
 
 def to_text(program: Program) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.exported_program import ModuleCallEntry, ModuleCallSignature
@@ -56,6 +57,15 @@ def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tupl
     args, kwargs = fx.node.map_arg(operands, lookup)
     assert callable(node.target), f"{node.name} is not a call"
     return args, node.target(*args, **kwargs)
+
+
+def infer(node: fx.Node, mode: FakeTensorMode) -> None:
+    """Works out meta["val"] of a call from its operands', in the mode of their fake tensors."""
+    # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
+    unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
+    # Some meta kernels (baddbmm's) call ops that take a symbolic size in Python only.
+    with enable_python_dispatcher(), mode, torch.no_grad(), unguarded:
+        node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
 
 
 @dataclass(frozen=True)
@@ -188,11 +198,7 @@ class Program:
 
     def infer(self, node: fx.Node) -> None:
         """Works out meta["val"] of a call from its operands', in the mode that holds the symbol of T."""
-        mode = self.fake_mode
-        # Broadcasting over T would record the guard T ≠ 1, and T = 1 is what decoding runs.
-        unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-        with mode, torch.no_grad(), unguarded:
-            node.meta["val"] = evaluate(node, lambda operand: operand.meta["val"])[1]
+        infer(node, self.fake_mode)
 
     def propagate(self, *, everything: bool = False) -> None:
         """Fills in meta["val"] where a pass left it out, or everywhere."""

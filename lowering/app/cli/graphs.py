@@ -1,6 +1,7 @@
 """`hikui opt`, `hikui explain` and `hikui passes`: the graph and what changes it."""
 
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
 
 
 def opt(
-    model: options.Model,
+    model: options.ModelOrProgram,
     pipeline: Annotated[str, typer.Option(help="Passes, such as 'canonicalise,rtn{bits=4,group=64}'.")] = "",
-    print_ir: Annotated[bool, typer.Option("--print-ir", help="Print the program after the last pass.")] = False,
+    print_ir: Annotated[
+        bool, typer.Option("--print-ir", help="Print the program after the last pass; `opt` reads it again.")
+    ] = False,
     print_ir_after: Annotated[
         list[str] | None,
         typer.Option("--print-ir-after", help="Print it after this pass; may be repeated.", metavar="PASS"),
@@ -26,10 +29,14 @@ def opt(
     context: options.Context = None,
     tokenizer: options.TokenizerFolder = None,
     debug_dump: options.DumpFolder = None,
+    weights: options.ProgramWeights = None,
+    seed: options.WeightSeed = None,
+    save_weights: options.WeightsFile = None,
 ) -> None:
-    """Run passes on a model and look at the program, without building anything."""
+    """Run passes on a model, or on a program that --print-ir wrote, and look at the result; nothing is built."""
     from hikui.lowering.app.lower import read_calibration
-    from hikui.lowering.app.request import Request, available_passes
+    from hikui.lowering.app.program_file import save_weights as write_weights
+    from hikui.lowering.app.request import available_passes
     from hikui.lowering.errors import UsageError
     from hikui.lowering.ir.printer import to_text
     from hikui.lowering.pipeline.contract import PassContext
@@ -45,7 +52,7 @@ def opt(
         raise UsageError(f"--print-ir-after {unknown[0]}: the pipeline has no such pass.")
     with progress() as report:
         report("trace", 0, 1)
-        program = Request(model, context=context, tokenizer=tokenizer).traced()
+        program = _program(model, context=context, tokenizer=tokenizer, weights=weights, seed=seed)
         report("trace", 1, 1)
         data = None
         if calibration is not None:
@@ -56,17 +63,39 @@ def opt(
         program = runner.run(program, PassContext(data, None, report))
     if print_ir:
         typer.echo(to_text(program), nl=False)
+    if save_weights is not None:
+        write_weights(program, save_weights)
     if timing:
+        # Behind a program these lines are comments, so that the whole can be read back.
+        mark = "// " if print_ir or wanted else ""
         rows = [
             (
-                record.step,
+                mark + record.step,
                 "changed" if record.modified else "unchanged",
                 f"{record.seconds:.2f} s",
                 "; ".join(record.notes),
             )
             for record in runner.records
         ]
-        table(rows, ("pass", "", "time", "notes"))
+        table(rows, (f"{mark}pass", "", "time", "notes"))
+
+
+def _program(
+    model: str, *, context: int | None, tokenizer: Path | None, weights: Path | None, seed: int | None
+) -> "Program":
+    """The program of a model, or of a text."""
+    from hikui.lowering.app.program_file import is_program, read_program
+    from hikui.lowering.app.request import Request
+    from hikui.lowering.errors import UsageError
+
+    if is_program(model):
+        if context is not None:
+            raise UsageError(f"--context has no effect on {model}: a program's text states its context.")
+        return read_program(Path(model), weights=weights, seed=seed, tokenizer=tokenizer)
+    for option, value in (("--weights", weights), ("--seed", seed)):
+        if value is not None:
+            raise UsageError(f"{option} has no effect on {model}: a model has its own weights, a program's text none.")
+    return Request(model, context=context, tokenizer=tokenizer).traced()
 
 
 class _PrintAfter:

@@ -11,6 +11,39 @@ Model = Annotated[
         help="A Hugging Face folder or id, or `reference` for the model that comes with hikui.", metavar="MODEL"
     ),
 ]
+ModelOrProgram = Annotated[
+    str,
+    typer.Argument(
+        help="A Hugging Face folder or id, `reference` for the model that comes with hikui, or a program's text "
+        "(FILE.ir, as --print-ir writes it).",
+        metavar="MODEL",
+    ),
+]
+ProgramWeights = Annotated[
+    Path | None,
+    typer.Option(
+        "--weights",
+        help="Safetensors file or checkpoint folder with the weights that FILE.ir names; without it they are made up.",
+        show_default=False,
+    ),
+]
+WeightSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        help="Seed of the weights that are made up for FILE.ir, also where --weights has not all; 0 without --weights.",
+        show_default=False,
+    ),
+]
+WeightsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--save-weights",
+        help="Safetensors file for the weights that the printed program names.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 ArtefactFolder = Annotated[Path, typer.Argument(help="An artefact, as `hikui lower` writes it.", metavar="DIR")]
 Context = Annotated[
     int | None, typer.Option(help="Context length; by default the model's own, at most 2048.", show_default=False)

@@ -283,6 +283,79 @@ def test_opt_prints_the_program_and_what_the_passes_did(hikui_command: Command, 
     assert "hikui.linear" not in out
 
 
+def test_opt_reads_back_what_it_printed(hikui_command: Command, tiny: Path, tmp_path: Path) -> None:
+    text, weights = tmp_path / "program.ir", tmp_path / "weights.safetensors"
+    first, second = "canonicalise,rtn{bits=8,group=32}", "activation,kv_cache,fuse"
+    status, out, err = hikui_command(
+        "opt", tiny, "--pipeline", first, "--print-ir", "--timing", "--save-weights", weights
+    )
+    assert (status, err) == (0, "")
+    text.write_text(out, "utf-8")
+    whole = hikui_command("opt", tiny, "--pipeline", f"{first},{second}", "--print-ir")[1]
+    assert hikui_command("opt", text, "--weights", weights, "--pipeline", second, "--print-ir") == (0, whole, "")
+    # Without weights the passes run as well; what they do to the graph does not depend on them here.
+    assert hikui_command("opt", text, "--seed", 3, "--pipeline", second, "--print-ir") == (0, whole, "")
+    unnamed = tmp_path / "pasted.txt"
+    unnamed.write_text(f"// after a mail\n\n{out}", "utf-8")
+    assert hikui_command("opt", unnamed, "--print-ir")[1] == "".join(
+        line for line in out.splitlines(keepends=True) if not line.startswith("//")
+    )
+
+
+def test_the_weights_that_opt_saves_are_those_that_the_text_names(
+    hikui_command: Command, tiny: Path, tmp_path: Path
+) -> None:
+    text, weights, again = (tmp_path / name for name in ("p.ir", "w.safetensors", "again.safetensors"))
+    text.write_text(hikui_command("opt", tiny, "--print-ir", "--save-weights", weights)[1], "utf-8")
+    assert hikui_command("opt", text, "--weights", weights, "--save-weights", again)[0] == 0
+    assert again.read_bytes() == weights.read_bytes()
+    # A checkpoint has what the model's code computes under no name.
+    status, out, err = hikui_command("opt", text, "--weights", tiny, "--save-weights", again)
+    assert (status, out) == (1, "")
+    assert "the weights given have no 'model.rotary_emb.inv_freq'." in err and "--save-weights wrote" in err
+    assert hikui_command("opt", text, "--weights", tiny, "--seed", 0, "--save-weights", again)[0] == 0
+    assert again.read_bytes() != weights.read_bytes()
+
+
+def test_opt_on_a_text_calibrates_with_a_tokenizer(
+    hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "p.ir"
+    text.write_text(hikui_command("opt", tiny, "--pipeline", "canonicalise", "--print-ir")[1], "utf-8")
+    command = ("opt", text, "--calibration", stories, "--pipeline", "calibrate", "--print-ir")
+    status, out, err = hikui_command(*command)
+    assert (status, out) == (1, "")
+    assert "give one with --tokenizer" in err
+    status, out, err = hikui_command(*command, "--tokenizer", tiny)
+    assert (status, err) == (0, "")
+    assert "statistics={" in out
+
+
+def test_opt_says_what_is_wrong_with_a_text(hikui_command: Command, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "p.ir"
+    printed = hikui_command("opt", tiny, "--print-ir")[1]
+    text.write_text(printed, "utf-8")
+    (tmp_path / "cut.ir").write_text(printed[: len(printed) // 2], "utf-8")
+    (tmp_path / "unknown.ir").write_text(printed.replace("aten.embedding(", "aten.embeding("), "utf-8")
+    (tmp_path / "bytes.ir").write_bytes(b"\xff\xfe program")
+    (tmp_path / "bad.safetensors").write_bytes(b"none")
+    for arguments, expected, words in (
+        ((tmp_path / "cut.ir",), 2, "cut.ir:"),
+        ((tmp_path / "unknown.ir",), 2, "Did you mean 'aten.embedding'?"),
+        ((tmp_path / "bytes.ir",), 2, "is no text"),
+        ((tmp_path / "absent.ir",), 2, "cannot be read: No such file"),
+        ((text, "--context", "9"), 2, "--context has no effect"),
+        ((text, "--weights", tmp_path / "bad.safetensors"), 1, "is truncated"),
+        ((text, "--save-weights", tmp_path / "no" / "w.safetensors"), 1, "cannot be written"),
+        ((tiny, "--seed", "1"), 2, "--seed has no effect"),
+        ((tiny, "--weights", tiny), 2, "--weights has no effect"),
+    ):
+        status, out, err = hikui_command("opt", *arguments)
+        assert (status, out) == (expected, ""), arguments
+        assert err.startswith("hikui: ") and err.count("\n") == 1, arguments
+        assert words in err, arguments
+
+
 def test_explain_lists_sites_and_what_was_fused(hikui_command: Command, tiny: Path) -> None:
     answer = json.loads(hikui_command("explain", tiny, "--json")[1])
     assert {"site": "lm_head", "group": "lm_head", "block": None, "shape": [131, 48]} in answer["sites"]
