@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -18,7 +19,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
     """Makes a file that is whole or absent, whenever the process is killed.
 
     Args:
-        path: the file; one that is there is replaced.
+        path: the file; one that is there is replaced, and a folder that is not there is made.
         write: writes the path that it is given, which lies beside; what it had written when it failed is removed.
         durable: bring it to the disk before it takes its name; not needed for what the same process reads.
 
@@ -35,5 +36,7 @@ def write_whole(path: Path, write: Callable[[Path], object], *, durable: bool = 
         if durable:
             sync(path.parent)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        # What went wrong first is what counts: the folder may be no folder.
+        with suppress(OSError):
+            partial.unlink()
         raise
