@@ -9,6 +9,7 @@ accumulators, and read its activations, in an order of its own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from tvm import tirx
@@ -28,7 +29,6 @@ from hikui.backends.kernels.isa.product import (
     runs,
     scale_and_branch,
     store,
-    store_elements,
 )
 
 _LANES = 4
@@ -212,7 +212,7 @@ def integer(panels: Sequence[Panel], kind: str, blocks: int, name: str) -> Any:
             elements=64,
             q_size=tiles.q_size,
             allocate=tiles.allocate,
-            tile=tiles.tile,
+            tile=partial(_compute, tiles),
         ),
         name,
     )
@@ -245,37 +245,35 @@ class _Tiles:
     def held_at(self, block, k):
         return (block * max(panel.accumulators for panel in self.panels) + k) * _LANES
 
+    @property
+    def bands(self) -> int:
+        return _PARTS // self.grid.parts
+
     def q_size(self, m_size, row_quads):
         return (m_size + (self.grid.rows - 1)) * row_quads * max(1, self.prepared)
 
     def allocate(self) -> _Held:
-        bands = _PARTS // self.grid.parts
         return _Held(
             sums=local("sums", self.grid.rows * _LANES, "int32"),
             products=local("products", self.held_at(self.grid.blocks, 0), "int32"),
-            total=local("total", bands * self.grid.size, "float32"),
+            total=local("total", self.bands * self.grid.size, "float32"),
             result=local("result", self.grid.size, "float32"),
             factor=local("factor", _LANES, "float32"),
         )
 
-    def tile(self, operands: Operands, outputs: Outputs, held: _Held) -> None:
-        grid = self.grid
-        prefetch_branch(operands, outputs.block, grid.blocks)
-        with T.serial(_PARTS // grid.parts) as index:
-            band = _Band(operands, outputs, held, index)
-            self.clear(band)
-            for run in runs(self.kind, operands):
-                self.add_groups(run, band)
-            self.bring_to_rows(band)
-            scale_and_branch(held.result, grid, index * grid.parts, held.factor, operands, outputs)
-            _store_parts(held.result, grid, index, outputs)
+    @property
+    def prefix(self) -> bool:
+        return any(panel.prefix for panel in self.panels)
 
-    def clear(self, band: _Band) -> None:
-        with unrolled(self.grid.blocks * self.share) as i:
-            store(band.held.total, splat(T.float32(0), _LANES), self.at(band.index, 0, i), _LANES)
-        if any(panel.prefix for panel in self.panels):
-            with unrolled(self.grid.rows) as i:
-                T.buffer_store(band.held.sums, T.int32(0), [i])
+    def add_up(self, band: _Band) -> None:
+        """The sums of a band, brought to rows."""
+        for run in runs(self.kind, band.operands):
+            self.add_groups(run, band)
+        held, parts = band.held, self.grid.parts
+        for j in range(self.grid.blocks):
+            totals = [vector(held.total, self.at(band.index, j, i), _LANES) for i in range(self.share)]
+            for i, value in enumerate(self.panels[0].in_rows(totals)):
+                store(held.result, value, self.grid.at(i // parts, j, i % parts), _LANES)
 
     def add_groups(self, run: Run, band: _Band) -> None:
         panel, group_steps = self.panels[run.segment], band.operands.group_steps
@@ -354,13 +352,6 @@ class _Tiles:
             for k, after in enumerate(totals):
                 store(products, after, self.held_at(j, k), _LANES)
 
-    def bring_to_rows(self, band: _Band) -> None:
-        held, parts = band.held, self.grid.parts
-        for j in range(self.grid.blocks):
-            totals = [vector(held.total, self.at(band.index, j, i), _LANES) for i in range(self.share)]
-            for i, value in enumerate(self.panels[0].in_rows(totals)):
-                store(held.result, value, self.grid.at(i // parts, j, i % parts), _LANES)
-
 
 def _first_values(panel: Panel, steps: _Steps) -> Sequence[Expression]:
     if panel.first:
@@ -379,19 +370,31 @@ def _behind(panel: Panel, steps: _Steps) -> Sequence[Expression]:
 
 
 @T.inline
-def _store_parts(result, grid, band, outputs):
-    """Stores what a band gives, in vectors but for the last rows of a matrix that lacks some.
+def _store_elements(result, at, at_y, start, count, outputs):
+    for n in range(count):
+        element = result[at + n]
+        if outputs.has_bias != 0:
+            outputs.y[at_y + n] = element + outputs.bias[start + n]
+        else:
+            outputs.y[at_y + n] = element
 
-    `product.store_tile` would not do: the rows are looped over, which leaves `result` in memory like the totals, and a
-    band that ends within a block is stored at once. Vectors of the bias need not be aligned on these machines.
+
+@T.inline
+def _store_parts(result, grid, band, outputs):
+    """Stores what a band gives, in vectors but for the last output rows of a matrix that ends within it.
+
+    `product.store_tile` would not do: it picks elements of a copy that a band need not fill, and adds the bias in
+    place. Here a loop over rows leaves `result` in memory; stores into it would make LLVM unroll and spill. Vectors of
+    the bias need not be aligned on these machines.
     """
     for i in range(T.min(outputs.m_size - outputs.chunk * grid.rows, grid.rows)):
         for j in unrolled(grid.blocks):
             if outputs.position + j * outputs.streams < outputs.n_blocks:
                 start = outputs.block[j] * 16 + band * (grid.parts * _LANES)
+                row_of_y = T.meta_var((outputs.chunk * grid.rows + i) * outputs.n_size + start)
                 if outputs.n_size - start >= grid.parts * _LANES:
                     for part in unrolled(grid.parts):
-                        at_y = (outputs.chunk * grid.rows + i) * outputs.n_size + start + part * _LANES
+                        at_y = row_of_y + part * _LANES
                         value = vector(result, grid.at(i, j, part), _LANES)
                         if outputs.has_bias != 0:
                             outputs.y[T.ramp(at_y, 1, _LANES)] = value + vector(
@@ -400,11 +403,20 @@ def _store_parts(result, grid, band, outputs):
                         else:
                             outputs.y[T.ramp(at_y, 1, _LANES)] = value
                 else:
-                    store_elements(
-                        result,
-                        grid.at(i, j, 0),
-                        outputs.n_size - start,
-                        (outputs.chunk * grid.rows + i) * outputs.n_size + start,
-                        start,
-                        outputs,
-                    )
+                    first = T.meta_var((i * grid.blocks + j) * (grid.parts * _LANES))
+                    _store_elements(result, first, row_of_y, start, outputs.n_size - start, outputs)
+
+
+@T.inline
+def _compute(tiles, operands, outputs, held):
+    """Computes and stores a tile."""
+    prefetch_branch(operands, outputs.block, tiles.grid.blocks)
+    for band in range(tiles.bands):
+        for i in unrolled(tiles.grid.blocks * tiles.share):
+            held.total[T.ramp(tiles.at(band, 0, i), 1, _LANES)] = splat(T.float32(0), _LANES)
+        if tiles.prefix:
+            for i in unrolled(tiles.grid.rows):
+                held.sums[i] = 0
+        tiles.add_up(_Band(operands, outputs, held, band))
+        scale_and_branch(held.result, tiles.grid, band * tiles.grid.parts, held.factor, operands, outputs)
+        _store_parts(held.result, tiles.grid, band, outputs)
