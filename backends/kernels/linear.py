@@ -135,7 +135,7 @@ class _Integer:
         grid = self.grid
         clear(held.total, grid.rows * grid.blocks * grid.parts, grid.lanes)
         prefetch_branch(operands, outputs.block, grid.blocks)
-        for run in runs(self.kind, operands):
+        for run in runs(self.kind, operands.groups, operands.split, operands.group_steps):
             self.add_groups(run, operands, outputs, held)
         scale_and_branch(held.total, grid, 0, None, operands, outputs)
         store_tile(held.total, grid, grid.parts, held.tail, outputs)

@@ -71,13 +71,13 @@ class Run(NamedTuple):
     line: Expression
 
 
-def runs(kind: str, operands: Operands) -> list[Run]:
-    """The segments of a kind, a key of `fields.SEGMENTS`."""
+def runs(kind: str, groups: Expression, split: Expression, group_steps: Expression) -> list[Run]:
+    """The segments of a kind, a key of `fields.SEGMENTS`, the first of them with `split` groups."""
     zero = T.int64(0)
     if len(SEGMENTS[kind]) == 1:
-        return [Run(0, zero, operands.groups, zero)]
-    behind = operands.split * operands.group_steps * LINES[SEGMENTS[kind][0]]
-    return [Run(0, zero, operands.split, zero), Run(1, operands.split, operands.groups, behind)]
+        return [Run(0, zero, groups, zero)]
+    behind = split * group_steps * LINES[SEGMENTS[kind][0]]
+    return [Run(0, zero, split, zero), Run(1, split, groups, behind)]
 
 
 @dataclass(frozen=True)

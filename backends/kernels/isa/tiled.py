@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.fields import LINES, QUADS
 from hikui.backends.kernels.isa.base import Buffer, Expression, intrinsic, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.product import (
     Grid,
@@ -267,7 +267,7 @@ class _Tiles:
 
     def add_up(self, band: _Band) -> None:
         """The sums of a band, brought to rows."""
-        for run in runs(self.kind, band.operands):
+        for run in runs(self.kind, band.operands.groups, band.operands.split, band.operands.group_steps):
             self.add_groups(run, band)
         held, parts = band.held, self.grid.parts
         for j in range(self.grid.blocks):
