@@ -7,22 +7,60 @@ separate streams of memory at once; one sequential stream reaches about 60 % of 
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
 from hikui.backends.kernels.isa.base import (
+    Buffer,
+    Expression,
     Isa,
     Place,
     Scheme,
     Tile,
-    prefetch,
     splat,
     to_float,
     unrolled,
     vector,
 )
+from hikui.backends.kernels.isa.product import (
+    Grid,
+    Operands,
+    Outputs,
+    Run,
+    Structure,
+    clear,
+    integer_product,
+    local,
+    prefetch_branch,
+    runs,
+    scale_and_branch,
+    store,
+    store_tile,
+    take_blocks,
+    take_rows,
+)
+
+
+class _Held(NamedTuple):
+    """The local buffers of an integer product.
+
+    Attributes:
+        correction: by row, what a group's sums are off by.
+        products: the accumulators of a group.
+        total: the sums of the groups, times their scales.
+        tail: a block's outputs.
+        codebook: the scheme's table.
+    """
+
+    correction: Buffer
+    products: Buffer
+    total: Buffer
+    tail: Buffer
+    codebook: Buffer
 
 
 def integer(isa: Isa, kind: str, size: str, name: str, panel: bool = False) -> Any:
@@ -39,153 +77,114 @@ def integer(isa: Isa, kind: str, size: str, name: str, panel: bool = False) -> A
     in the first segment (all but for `mixed`), steps of 32 columns a group, rank of the branch (0: none; then b and t
     are not read), whether there is a bias, first and last position.
     """
-    lanes, parts = isa.lanes, isa.parts
     rows, blocks = isa.tile(kind, size)
-    schemes = [isa.scheme(segment, size) for segment in SEGMENTS[kind]]
-    sums = max(len(scheme.shifts) for scheme in schemes)
+    grid = Grid(rows, blocks, isa.parts, isa.lanes)
+    schemes = tuple(isa.scheme(segment, size) for segment in SEGMENTS[kind])
+    product = _Integer(grid, kind, schemes, panel)
+    return integer_product(
+        Structure(
+            rows,
+            blocks,
+            element="int32",
+            elements=16,
+            q_size=lambda m_size, row_quads: m_size * row_quads,
+            allocate=product.allocate,
+            tile=product.tile,
+        ),
+        name,
+    )
 
-    def at(row, block, part):
-        return ((row * blocks + block) * parts + part) * lanes
 
-    def groups_of(segment, buffers, first_group, last_group, first_line, group_steps, row_quads, chunk):
-        """The groups of one segment; `first_line` is its first line in a block."""
-        q, q_sums, weight, scale, row, block, products, total, lines, groups, correction, codebook = buffers
-        scheme: Scheme = schemes[segment]
-        step_lines = LINES[SEGMENTS[kind][segment]]
+@dataclass(frozen=True)
+class _Integer:
+    """An integer product whose accumulators are vectors of whole output rows.
 
-        def held(i, j, part, k):
-            return (((i * blocks + j) * parts + part) * sums + k) * lanes
+    Attributes:
+        grid: the sums of a tile.
+        kind: of the weights.
+        schemes: one a segment of the kind.
+        panel: as of `integer`.
+    """
 
-        def step_of(i, j, part, line, quad):
-            place = Place(weight, line, part, q, quad, rows if panel else 1, codebook)
-            before = [vector(products, held(i, j, part, k), lanes) for k in range(len(scheme.shifts))]
-            for k, after in enumerate(scheme.dot(before, place)):
-                T.buffer_store(products, after, [T.ramp(held(i, j, part, k), 1, lanes)])
+    grid: Grid
+    kind: str
+    schemes: Sequence[Scheme]
+    panel: bool
 
-        with T.serial(first_group, last_group) as group:
-            with unrolled(rows * blocks * parts * sums) as i:
-                T.buffer_store(products, splat(T.int32(0), lanes), [T.ramp(i * lanes, 1, lanes)])
-            # A group has at least one step; said so, LLVM keeps the conversion to float out of the loop.
-            with T.serial(T.int64(0), T.max(group_steps, 1)) as step:
-                line = first_line + ((group - first_group) * group_steps + step) * step_lines
-                quad = (group * group_steps + step) * QUADS
-                with unrolled(blocks) as j, unrolled(parts) as part, unrolled(rows) as i:
-                    at_quad = (chunk * row_quads + quad) * rows + i if panel else row[i] * row_quads + quad
-                    step_of(i, j, part, block[j] * lines + line, at_quad)
-            with unrolled(rows) as i:
-                T.buffer_store(correction, T.int32(0), [i])
-                if scheme.offset:
-                    with T.serial(T.int64(0), group_steps) as step:
-                        at_step = row[i] * (row_quads // QUADS) + group * group_steps + step
-                        T.buffer_store(correction, correction[i] - q_sums[at_step] * scheme.offset, [i])
+    @property
+    def sums(self) -> int:
+        """Accumulators of a vector."""
+        return max(len(scheme.shifts) for scheme in self.schemes)
+
+    def held_at(self, i, j, part, k):
+        return (self.grid.number(i, j, part) * self.sums + k) * self.grid.lanes
+
+    def allocate(self) -> _Held:
+        held = _Held(
+            correction=local("correction", self.grid.rows, "int32"),
+            products=local("products", self.grid.size * self.sums, "int32"),
+            total=local("total", self.grid.size, "float32"),
+            tail=local("tail", 16, "float32"),
+            codebook=local("codebook", 16, "int32"),
+        )
+        for index, code in enumerate(self.schemes[0].codebook or ()):
+            T.buffer_store(held.codebook, T.int32(code), [index])
+        return held
+
+    def tile(self, operands: Operands, outputs: Outputs, held: _Held) -> None:
+        grid = self.grid
+        clear(held.total, grid.rows * grid.blocks * grid.parts, grid.lanes)
+        prefetch_branch(operands, outputs.block, grid.blocks)
+        for run in runs(self.kind, operands.groups, operands.split, operands.group_steps):
+            self.add_groups(run, operands, outputs, held)
+        scale_and_branch(held.total, grid, 0, None, operands, outputs)
+        store_tile(held.total, grid, grid.parts, held.tail, outputs)
+
+    def add_groups(self, run: Run, operands: Operands, outputs: Outputs, held: _Held) -> None:
+        rows, blocks, parts, lanes = self.grid.rows, self.grid.blocks, self.grid.parts, self.grid.lanes
+        scheme = self.schemes[run.segment]
+        with T.serial(run.first, run.last) as group:
+            with unrolled(rows * blocks * parts * self.sums) as i:
+                store(held.products, splat(T.int32(0), lanes), i * lanes, lanes)
+            self.add_steps(run, group, operands, outputs, held)
+            self.correct(scheme, group, operands, outputs, held)
             with unrolled(blocks) as j, unrolled(parts) as part, unrolled(rows) as i:
-                value = summed(scheme, [vector(products, held(i, j, part, k), lanes) for k in range(sums)], lanes)
-                value = value + splat(correction[i], lanes)
-                factors = vector(scale, (block[j] * groups + group) * 16 + part * lanes, lanes)
-                after = vector(total, at(i, j, part), lanes) + to_float(factors, lanes) * to_float(value, lanes)
-                T.buffer_store(total, after, [T.ramp(at(i, j, part), 1, lanes)])
+                of_part = [vector(held.products, self.held_at(i, j, part, k), lanes) for k in range(self.sums)]
+                value = summed(scheme, of_part, lanes) + splat(held.correction[i], lanes)
+                at_scale = (outputs.block[j] * operands.groups + group) * 16 + part * lanes
+                at = self.grid.at(i, j, part)
+                factors = to_float(vector(operands.scale, at_scale, lanes), lanes)
+                store(held.total, vector(held.total, at, lanes) + factors * to_float(value, lanes), at, lanes)
 
-    def fill(codebook):
-        for index, code in enumerate(schemes[0].codebook or ()):
-            T.buffer_store(codebook, T.int32(code), [index])
+    def add_steps(self, run: Run, group: Expression, operands: Operands, outputs: Outputs, held: _Held) -> None:
+        """Adds the products of a group's steps to the accumulators."""
+        rows, lanes = self.grid.rows, self.grid.lanes
+        scheme, step_lines = self.schemes[run.segment], LINES[SEGMENTS[self.kind][run.segment]]
+        # A group has at least one step; said so, LLVM keeps the conversion to float out of the loop.
+        with T.serial(T.int64(0), T.max(operands.group_steps, 1)) as step:
+            line = run.line + ((group - run.first) * operands.group_steps + step) * step_lines
+            quad = (group * operands.group_steps + step) * QUADS
+            with unrolled(self.grid.blocks) as j, unrolled(self.grid.parts) as part, unrolled(rows) as i:
+                if self.panel:
+                    first, stride = (outputs.chunk * operands.row_quads + quad) * rows + i, rows
+                else:
+                    first, stride = outputs.row[i] * operands.row_quads + quad, 1
+                at_line = outputs.block[j] * operands.lines + line
+                place = Place(operands.weight, at_line, part, operands.q, first, stride, held.codebook)
+                starts = [self.held_at(i, j, part, k) for k in range(len(scheme.shifts))]
+                before = [vector(held.products, start, lanes) for start in starts]
+                for start, after in zip(starts, scheme.dot(before, place), strict=True):
+                    store(held.products, after, start, lanes)
 
-    def all_groups(buffers, groups, split, *where):
-        if len(schemes) == 1:
-            groups_of(0, buffers, T.int64(0), groups, T.int64(0), *where)
-            return
-        groups_of(0, buffers, T.int64(0), split, T.int64(0), *where)
-        behind = split * where[0] * LINES[SEGMENTS[kind][0]]
-        groups_of(1, buffers, split, groups, behind, *where)
-
-    @T.prim_func(s_tir=True)
-    def kernel(
-        q_data: T.handle("int32"),
-        q_scale_data: T.handle("float32"),
-        q_sums_data: T.handle("int32"),
-        weight_data: T.handle("int32"),
-        scale_data: T.handle("float16"),
-        bias_data: T.handle("float32"),
-        b_data: T.handle("float16"),
-        t_data: T.handle("float32"),
-        y_data: T.handle("float32"),
-        m_size: T.int64,
-        n_size: T.int64,
-        row_quads: T.int64,
-        lines: T.int64,
-        groups: T.int64,
-        split: T.int64,
-        group_steps: T.int64,
-        rank: T.int64,
-        has_bias: T.int64,
-        first: T.int64,
-        last: T.int64,
-    ):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        n_blocks = (n_size + 15) // 16
-        q = T.decl_buffer((m_size * row_quads,), "int32", data=q_data)
-        q_scale = T.decl_buffer((m_size,), "float32", data=q_scale_data)
-        q_sums = T.decl_buffer((m_size * (row_quads // QUADS),), "int32", data=q_sums_data)
-        weight = T.decl_buffer((n_blocks * lines * 16,), "int32", data=weight_data)
-        scale = T.decl_buffer((n_blocks * groups * 16,), "float16", data=scale_data)
-        bias = T.decl_buffer((n_size,), "float32", data=bias_data)
-        b = T.decl_buffer((n_blocks * rank * 16,), "float16", data=b_data)
-        t = T.decl_buffer((m_size * rank,), "float32", data=t_data)
-        y = T.decl_buffer((m_size * n_size,), "float32", data=y_data)
-        row = T.alloc_buffer((rows,), "int64", scope="local")
-        block = T.alloc_buffer((blocks,), "int64", scope="local")
-        correction = T.alloc_buffer((rows,), "int32", scope="local")
-        products = T.alloc_buffer((rows * blocks * 16 * sums,), "int32", scope="local")
-        total = T.alloc_buffer((rows * blocks * 16,), "float32", scope="local")
-        tail = T.alloc_buffer((16,), "float32", scope="local")
-        codebook = T.alloc_buffer((16,), "int32", scope="local")
-        fill(codebook)
-        streams = (n_blocks + (blocks - 1)) // blocks
-        for position in range(first, last):
-            for j in unrolled(blocks):
-                block[j] = T.min(position + j * streams, n_blocks - 1)
-            for chunk in range((m_size + (rows - 1)) // rows):
-                for i in unrolled(rows):
-                    row[i] = T.min(chunk * rows + i, m_size - 1)
-                for i in unrolled(rows * blocks * parts):
-                    total[T.ramp(i * lanes, 1, lanes)] = splat(T.float32(0), lanes)
-                # The branch is small and lies far from the streams: nothing else would fetch it in time.
-                for r in range(rank):
-                    for j in unrolled(blocks):
-                        prefetch(b, (block[j] * rank + r) * 16)
-                all_groups(
-                    (q, q_sums, weight, scale, row, block, products, total, lines, groups, correction, codebook),
-                    groups,
-                    split,
-                    group_steps,
-                    row_quads,
-                    chunk,
-                )
-                for i in unrolled(rows):
-                    for j in unrolled(blocks * parts):
-                        total[T.ramp(at(i, 0, j), 1, lanes)] = vector(total, at(i, 0, j), lanes) * splat(
-                            q_scale[row[i]], lanes
-                        )
-                for r in range(rank):
-                    for j in unrolled(blocks):
-                        for part in unrolled(parts):
-                            for i in unrolled(rows):
-                                total[T.ramp(at(i, j, part), 1, lanes)] = vector(total, at(i, j, part), lanes) + (
-                                    to_float(vector(b, (block[j] * rank + r) * 16 + part * lanes, lanes), lanes)
-                                    * splat(t[row[i] * rank + r], lanes)
-                                )
-                for i in unrolled(rows):
-                    for j in unrolled(blocks):
-                        if chunk * rows + i < m_size and position + j * streams < n_blocks:
-                            for part in unrolled(parts):
-                                tail[T.ramp(part * lanes, 1, lanes)] = vector(total, at(i, j, part), lanes)
-                            start = block[j] * 16
-                            if has_bias != 0:
-                                for n in range(T.min(n_size - start, 16)):
-                                    tail[n] = tail[n] + bias[start + n]
-                            for n in range(T.min(n_size - start, 16)):
-                                y[row[i] * n_size + start + n] = tail[n]
-
-    return kernel
+    def correct(self, scheme: Scheme, group: Expression, operands: Operands, outputs: Outputs, held: _Held) -> None:
+        """The sum of a group's activations, times the offset of the codes."""
+        with unrolled(self.grid.rows) as i:
+            T.buffer_store(held.correction, T.int32(0), [i])
+            if scheme.offset:
+                with T.serial(T.int64(0), operands.group_steps) as step:
+                    at_step = outputs.row[i] * (operands.row_quads // QUADS) + group * operands.group_steps + step
+                    after = held.correction[i] - operands.q_sums[at_step] * scheme.offset
+                    T.buffer_store(held.correction, after, [i])
 
 
 def summed(scheme: Scheme, held: list[Any], lanes: int) -> Any:
@@ -200,6 +199,17 @@ def summed(scheme: Scheme, held: list[Any], lanes: int) -> Any:
     if above:
         value = value >> splat(T.int32(above), lanes)
     return value if scheme.factor == 1 else value * splat(T.int32(scheme.factor), lanes)
+
+
+@T.inline
+def _add_column(total, grid, first, chain, x, weight, k_size, outputs):
+    """Adds the products of the column of a chain, of the columns from `first` on, to its sums."""
+    for j in unrolled(grid.blocks):
+        for i in unrolled(grid.rows):
+            total[T.ramp(grid.at(i, j, chain), 1, 16)] = vector(total, grid.at(i, j, chain), 16) + (
+                to_float(vector(weight, (outputs.block[j] * k_size + first + chain) * 16, 16), 16)
+                * splat(x[outputs.row[i] * k_size + first + chain], 16)
+            )
 
 
 def floating(kind: str, tile: Tile, chains: int, name: str) -> Any:
@@ -217,9 +227,8 @@ def floating(kind: str, tile: Tile, chains: int, name: str) -> Any:
     The function's parameters after the pointers: M, N, K, whether there is a bias, first and last position.
     """
     rows, blocks = tile
-
-    def at(row, block, chain):
-        return ((row * blocks + block) * chains + chain) * 16
+    # A chain has the place of a part, of which a block has but one.
+    grid = Grid(rows, blocks, chains, 16)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -242,46 +251,27 @@ def floating(kind: str, tile: Tile, chains: int, name: str) -> Any:
         y = T.decl_buffer((m_size * n_size,), "float32", data=y_data)
         row = T.alloc_buffer((rows,), "int64", scope="local")
         block = T.alloc_buffer((blocks,), "int64", scope="local")
-        total = T.alloc_buffer((rows * blocks * chains * 16,), "float32", scope="local")
+        total = T.alloc_buffer((grid.size,), "float32", scope="local")
         tail = T.alloc_buffer((16,), "float32", scope="local")
         streams = (n_blocks + (blocks - 1)) // blocks
         for position in range(first, last):
-            for j in unrolled(blocks):
-                block[j] = T.min(position + j * streams, n_blocks - 1)
+            take_blocks(block, blocks, position, streams, n_blocks)
             for chunk in range((m_size + (rows - 1)) // rows):
-                for i in unrolled(rows):
-                    row[i] = T.min(chunk * rows + i, m_size - 1)
-                for i in unrolled(rows * blocks * chains):
-                    total[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
+                take_rows(row, rows, chunk, m_size)
+                outputs = T.meta_var(
+                    Outputs(y, bias, has_bias, m_size, n_size, n_blocks, streams, position, block, chunk, row)
+                )
+                clear(total, rows * blocks * chains, 16)
                 for k in range(k_size // chains):
                     for chain in unrolled(chains):
-                        for j in unrolled(blocks):
-                            for i in unrolled(rows):
-                                total[T.ramp(at(i, j, chain), 1, 16)] = vector(total, at(i, j, chain), 16) + (
-                                    to_float(vector(weight, (block[j] * k_size + k * chains + chain) * 16, 16), 16)
-                                    * splat(x[row[i] * k_size + k * chains + chain], 16)
-                                )
+                        _add_column(total, grid, k * chains, chain, x, weight, k_size, outputs)
                 for k in range(k_size // chains * chains, k_size):
-                    for j in unrolled(blocks):
-                        for i in unrolled(rows):
-                            total[T.ramp(at(i, j, 0), 1, 16)] = vector(total, at(i, j, 0), 16) + (
-                                to_float(vector(weight, (block[j] * k_size + k) * 16, 16), 16)
-                                * splat(x[row[i] * k_size + k], 16)
-                            )
+                    _add_column(total, grid, k, 0, x, weight, k_size, outputs)
                 for chain in unrolled(chains - 1):
                     for i in unrolled(rows * blocks):
-                        total[T.ramp(at(0, i, 0), 1, 16)] = vector(total, at(0, i, 0), 16) + vector(
-                            total, at(0, i, chain + 1), 16
+                        total[T.ramp(grid.at(0, i, 0), 1, 16)] = vector(total, grid.at(0, i, 0), 16) + vector(
+                            total, grid.at(0, i, chain + 1), 16
                         )
-                for i in unrolled(rows):
-                    for j in unrolled(blocks):
-                        if chunk * rows + i < m_size and position + j * streams < n_blocks:
-                            tail[T.ramp(0, 1, 16)] = vector(total, at(i, j, 0), 16)
-                            start = block[j] * 16
-                            if has_bias != 0:
-                                for n in range(T.min(n_size - start, 16)):
-                                    tail[n] = tail[n] + bias[start + n]
-                            for n in range(T.min(n_size - start, 16)):
-                                y[row[i] * n_size + start + n] = tail[n]
+                store_tile(total, grid, 1, tail, outputs)
 
     return kernel

@@ -6,15 +6,79 @@ A code is unpacked and converted once for all the rows of activations that are c
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.fields import CODEBOOKS, FACTOR, LINES, OFFSET, SEGMENTS
-from hikui.backends.kernels.isa.base import Place, splat, to_float, unrolled, vector
+from hikui.backends.kernels.isa.base import Buffer, Expression, Place, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.generic import codes_of
+from hikui.backends.kernels.isa.product import Run, runs, store
 
 _STEP = 32
+
+
+class _Operands(NamedTuple):
+    """What the sums are made of; see `weight_only`."""
+
+    x: Buffer
+    weight: Buffer
+    scale: Buffer
+    columns: Expression
+    groups: Expression
+    split: Expression
+    group_steps: Expression
+
+
+class _Held(NamedTuple):
+    """Local buffers: the rows, the sums of a group and of all groups, 16 codes of a column, the codebook."""
+
+    row: Buffer
+    sums: Buffer
+    total: Buffer
+    code: Buffer
+    codebook: Buffer
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """The sums of a block of output rows, for so many rows of activations."""
+
+    kind: str
+    rows: int
+
+    def fill(self, codebook: Buffer) -> None:
+        for index, value in enumerate(CODEBOOKS.get(self.kind) or ()):
+            T.buffer_store(codebook, T.int32(value), [index])
+
+    def add_groups(self, operands: _Operands, held: _Held, block: Expression, first_line: Expression) -> None:
+        for run in runs(self.kind, operands.groups, operands.split, operands.group_steps):
+            with T.serial(run.first, run.last) as group:
+                with unrolled(self.rows) as i:
+                    store(held.sums, splat(T.float32(0), 16), i * 16, 16)
+                self.add_steps(run, operands, held, group, first_line)
+                with unrolled(self.rows) as i:
+                    factors = to_float(vector(operands.scale, (block * operands.groups + group) * 16, 16), 16)
+                    after = vector(held.total, i * 16, 16) + vector(held.sums, i * 16, 16) * factors
+                    store(held.total, after, i * 16, 16)
+
+    def add_steps(self, run: Run, operands: _Operands, held: _Held, group: Expression, first_line: Expression) -> None:
+        """Adds the products of a group's steps to its sums."""
+        part = SEGMENTS[self.kind][run.segment]
+        with T.serial(T.int64(0), T.max(operands.group_steps, 1)) as step:
+            step_of_run = (group - run.first) * operands.group_steps + step
+            line = first_line + run.line + step_of_run * LINES[part]
+            place = Place(operands.weight, line, T.int64(0), None, None, codebook=held.codebook)
+            for i in range(_STEP):
+                values = codes_of(part, place, i // 4, i % 4, 16)
+                if part in FACTOR:
+                    values = values * splat(T.int32(FACTOR[part]), 16) - splat(T.int32(OFFSET[part]), 16)
+                store(held.code, to_float(values, 16), 0, 16)
+                for j in range(self.rows):
+                    at = held.row[j] * operands.columns + (group * operands.group_steps + step) * _STEP + i
+                    after = vector(held.sums, j * 16, 16) + vector(held.code, 0, 16) * splat(operands.x[at], 16)
+                    store(held.sums, after, j * 16, 16)
 
 
 def weight_only(kind: str, rows: int, name: str) -> Any:
@@ -29,45 +93,7 @@ def weight_only(kind: str, rows: int, name: str) -> Any:
     matrix has none), weight lines a block, groups, those of them in the first segment, steps of 32 columns a group,
     whether there is a bias, first and last position; a position is one block of 16 rows.
     """
-
-    def group_of(segment, buffers, group, first_group, first_line, group_steps, columns):
-        x, weight, row, sums, code, codebook, block_line = buffers
-        part = SEGMENTS[kind][segment]
-        with T.serial(T.int64(0), T.max(group_steps, 1)) as step:
-            line = block_line + first_line + ((group - first_group) * group_steps + step) * LINES[part]
-            place = Place(weight, line, T.int64(0), None, None, codebook=codebook)
-            for i in range(_STEP):
-                values = codes_of(part, place, i // 4, i % 4, 16)
-                if part in FACTOR:
-                    values = values * splat(T.int32(FACTOR[part]), 16) - splat(T.int32(OFFSET[part]), 16)
-                T.buffer_store(code, to_float(values, 16), [T.ramp(0, 1, 16)])
-                for j in range(rows):
-                    at = row[j] * columns + (group * group_steps + step) * _STEP + i
-                    after = vector(sums, j * 16, 16) + vector(code, 0, 16) * splat(x[at], 16)
-                    T.buffer_store(sums, after, [T.ramp(j * 16, 1, 16)])
-
-    def groups_of(segment, buffers, total, scale, scale_at, first_group, last_group, first_line, group_steps, columns):
-        sums = buffers[3]
-        with T.serial(first_group, last_group) as group:
-            with unrolled(rows) as i:
-                T.buffer_store(sums, splat(T.float32(0), 16), [T.ramp(i * 16, 1, 16)])
-            group_of(segment, buffers, group, first_group, first_line, group_steps, columns)
-            with unrolled(rows) as i:
-                factors = to_float(vector(scale, (scale_at + group) * 16, 16), 16)
-                after = vector(total, i * 16, 16) + vector(sums, i * 16, 16) * factors
-                T.buffer_store(total, after, [T.ramp(i * 16, 1, 16)])
-
-    def all_groups(buffers, total, scale, scale_at, groups, split, group_steps, columns):
-        if len(SEGMENTS[kind]) == 1:
-            groups_of(0, buffers, total, scale, scale_at, T.int64(0), groups, T.int64(0), group_steps, columns)
-            return
-        behind = split * group_steps * LINES[SEGMENTS[kind][0]]
-        groups_of(0, buffers, total, scale, scale_at, T.int64(0), split, T.int64(0), group_steps, columns)
-        groups_of(1, buffers, total, scale, scale_at, split, groups, behind, group_steps, columns)
-
-    def fill(codebook):
-        for index, value in enumerate(CODEBOOKS.get(kind) or ()):
-            T.buffer_store(codebook, T.int32(value), [index])
+    sums_of = _Sums(kind, rows)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -99,21 +125,17 @@ def weight_only(kind: str, rows: int, name: str) -> Any:
         total = T.alloc_buffer((rows * 16,), "float32", scope="local")
         code = T.alloc_buffer((16,), "float32", scope="local")
         codebook = T.alloc_buffer((16,), "int32", scope="local")
-        fill(codebook)
+        sums_of.fill(codebook)
         for block in range(first, last):
             for chunk in range((m_size + (rows - 1)) // rows):
                 for i in unrolled(rows):
                     row[i] = T.min(chunk * rows + i, m_size - 1)
                     total[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
-                all_groups(
-                    (x, weight, row, sums, code, codebook, block * lines),
-                    total,
-                    scale,
-                    block * groups,
-                    groups,
-                    split,
-                    group_steps,
-                    columns,
+                sums_of.add_groups(
+                    _Operands(x, weight, scale, columns, groups, split, group_steps),
+                    _Held(row, sums, total, code, codebook),
+                    block,
+                    block * lines,
                 )
                 for i in range(T.min(m_size - chunk * rows, rows)):
                     for n in range(T.min(n_size - block * 16, 16)):

@@ -9,13 +9,27 @@ accumulators, and read its activations, in an order of its own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
-from hikui.backends.kernels.isa.base import Expression, intrinsic, prefetch, splat, to_float, unrolled, vector
+from hikui.backends.kernels.fields import LINES, QUADS
+from hikui.backends.kernels.isa.base import Buffer, Expression, intrinsic, splat, to_float, unrolled, vector
+from hikui.backends.kernels.isa.product import (
+    Grid,
+    Operands,
+    Outputs,
+    Run,
+    Structure,
+    integer_product,
+    local,
+    prefetch_branch,
+    runs,
+    scale_and_branch,
+    store,
+)
 
 _LANES = 4
 _PARTS = 4
@@ -135,6 +149,51 @@ def _prefix_differences(q, q_before, rows, last_step_at):
     return out
 
 
+class _Held(NamedTuple):
+    """The local buffers of a tile.
+
+    Attributes:
+        sums: of the activations: of a group's by row, four lanes each, or with `Panel.prefix` those up to the group.
+        products: the accumulators.
+        total: the sums of the groups, times their scales, in the panel's own order.
+        result: those of a band by row.
+        factor: a vector of the branch.
+    """
+
+    sums: Buffer
+    products: Buffer
+    total: Buffer
+    result: Buffer
+    factor: Buffer
+
+
+class _Band(NamedTuple):
+    """A band of a tile: as many parts of its blocks as are computed at once."""
+
+    operands: Operands
+    outputs: Outputs
+    held: _Held
+    index: Expression
+
+
+class _Steps(NamedTuple):
+    """Neighbouring steps of a group.
+
+    Attributes:
+        group: which.
+        first: the first of them, counted in the group.
+        count: how many.
+        line: the group's first line in a block.
+        of_rows: the sums of the group's activations by row, if the panel needs them.
+    """
+
+    group: Expression
+    first: Expression
+    count: Expression
+    line: Expression
+    of_rows: list[Expression]
+
+
 def integer(panels: Sequence[Panel], kind: str, blocks: int, name: str) -> Any:
     """The function of `linear.integer`, with its parameters, for panels of one shape: one a segment of the kind.
 
@@ -144,219 +203,220 @@ def integer(panels: Sequence[Panel], kind: str, blocks: int, name: str) -> Any:
         blocks: blocks of 16 output rows, ⌈N16 / blocks⌉ apart, that a tile takes.
         name: symbol of the C function.
     """
-    rows, parts, prepared = panels[0].rows, panels[0].parts, panels[0].prepared
-    prefix = any(panel.prefix for panel in panels)
-    most = max(panel.accumulators for panel in panels)
+    tiles = _Tiles(panels, kind, Grid(panels[0].rows, blocks, panels[0].parts, _LANES))
+    return integer_product(
+        Structure(
+            panels[0].rows,
+            blocks,
+            element="uint8",
+            elements=64,
+            q_size=tiles.q_size,
+            allocate=tiles.allocate,
+            tile=partial(_compute, tiles),
+        ),
+        name,
+    )
 
-    share, bands = rows * parts, _PARTS // parts
 
-    def at(band, block, i):
+@dataclass(frozen=True)
+class _Tiles:
+    """An integer product in tiles; `grid` is what a band of a tile gives."""
+
+    panels: Sequence[Panel]
+    kind: str
+    grid: Grid
+
+    @property
+    def share(self) -> int:
+        """Vectors of a block that a band gives."""
+        return self.grid.rows * self.grid.parts
+
+    @property
+    def prepared(self) -> int:
+        return self.panels[0].prepared
+
+    def at(self, band, block, i):
         """Where a tile's totals are. Those of a band have an index of their own, so that LLVM leaves them in memory,
 
         where it reads two at once, rather than spilling one by one what does not fit the registers.
         """
-        return ((band * blocks + block) * share + i) * _LANES
+        return ((band * self.grid.blocks + block) * self.share + i) * _LANES
 
-    def step_of(panel, buffers, line, band, quad, chunk, row_quads):
-        q, weight, row, products = buffers[0], buffers[2], buffers[4], buffers[6]
+    def held_at(self, block, k):
+        return (block * max(panel.accumulators for panel in self.panels) + k) * _LANES
 
-        def line_of(j, part, i):
-            start = (line[j] + i) * 64
-            if part is None:
-                return vector(weight, start, 64)
-            return vector(weight, start + (band * parts + part) * 16, 16)
+    @property
+    def bands(self) -> int:
+        return _PARTS // self.grid.parts
 
-        def quads_of(i, first):
-            if prepared:
-                return vector(q, (chunk * row_quads + quad) // QUADS * (rows * prepared) + first * _LANES, _LANES)
-            return vector(q, row[i] * row_quads + quad + first, _LANES)
+    def q_size(self, m_size, row_quads):
+        return (m_size + (self.grid.rows - 1)) * row_quads * max(1, self.prepared)
 
-        before = [[vector(products, held_at(j, k), _LANES) for k in range(panel.accumulators)] for j in range(blocks)]
-        for j, totals in enumerate(panel.step(before, line_of, quads_of)):
-            for k, after in enumerate(totals):
-                T.buffer_store(products, after, [T.ramp(held_at(j, k), 1, _LANES)])
+    def allocate(self) -> _Held:
+        return _Held(
+            sums=local("sums", self.grid.rows * _LANES, "int32"),
+            products=local("products", self.held_at(self.grid.blocks, 0), "int32"),
+            total=local("total", self.bands * self.grid.size, "float32"),
+            result=local("result", self.grid.size, "float32"),
+            factor=local("factor", _LANES, "float32"),
+        )
 
-    def held_at(j, k):
-        return (j * most + k) * _LANES
+    @property
+    def prefix(self) -> bool:
+        return any(panel.prefix for panel in self.panels)
 
-    def first_values(panel, of_rows, steps):
-        if panel.first:
-            return panel.first(steps)
-        values = [splat(T.int32(0), _LANES)] * panel.accumulators
-        if panel.start:
-            starts = panel.by_row([each * splat(T.int32(panel.start), _LANES) for each in of_rows])
-            values[-len(starts) :] = starts
-        return values
+    def add_up(self, band: _Band) -> None:
+        """The sums of a band, brought to rows."""
+        for run in runs(self.kind, band.operands.groups, band.operands.split, band.operands.group_steps):
+            self.add_groups(run, band)
+        held, parts = band.held, self.grid.parts
+        for j in range(self.grid.blocks):
+            totals = [vector(held.total, self.at(band.index, j, i), _LANES) for i in range(self.share)]
+            for i, value in enumerate(self.panels[0].in_rows(totals)):
+                store(held.result, value, self.grid.at(i // parts, j, i % parts), _LANES)
 
-    def steps_of(
-        panel, buffers, of_rows, group, first_step, steps, first_line, lines, group_steps, row_quads, chunk, band
-    ):
-        scale, block, products, total, groups = buffers[3], buffers[5], buffers[6], buffers[7], buffers[9]
-        for k, value in enumerate(first_values(panel, of_rows, steps)):
-            for j in range(blocks):
-                T.buffer_store(products, value, [T.ramp(held_at(j, k), 1, _LANES)])
-        # There is at least one step; said so, LLVM keeps the conversion to float out of the loop.
-        with T.serial(T.int64(0), T.max(steps, 1)) as step:
-            line = first_line + (first_step + step) * LINES[panel.kind]
-            quad = (group * group_steps + first_step + step) * QUADS
-            step_of(panel, buffers, [block[j] * lines + line for j in range(blocks)], band, quad, chunk, row_quads)
-        behind = []
-        if panel.behind:
-            behind = panel.by_row([each * splat(T.int32(panel.behind), _LANES) for each in of_rows])
-        for j in range(blocks):
-            start = (block[j] * groups + group) * 16 + band * (parts * _LANES)
-            factors = [to_float(vector(scale, start + part * _LANES, _LANES), _LANES) for part in range(parts)]
-            spread = panel.by_part(factors)
-            held = [vector(products, held_at(j, k), _LANES) for k in range(panel.accumulators)]
-            for i, value in enumerate(panel.sums(held)):
-                whole = value + behind[i] if behind else value
-                after = vector(total, at(band, j, i), _LANES) + spread[i] * to_float(whole, _LANES)
-                T.buffer_store(total, after, [T.ramp(at(band, j, i), 1, _LANES)])
-
-    def groups_of(panel, buffers, first_group, last_group, segment_line, lines, group_steps, row_quads, chunk, band):
-        q, q_sums, row, sums = buffers[0], buffers[1], buffers[4], buffers[8]
-        with T.serial(first_group, last_group) as group:
-            of_rows = None
-            if panel.prefix:
-                last_step = (chunk * row_quads // QUADS) + (group + 1) * group_steps - 1
-                of_rows = _prefix_differences(q, sums, rows, last_step * (rows * prepared) + rows * QUADS)
-            elif panel.start or panel.behind:
-                _sum_rows(q_sums, row, rows, row_quads // QUADS, group * group_steps, group_steps, sums)
-                of_rows = _added_up(sums, rows)
-            line = segment_line + (group - first_group) * group_steps * LINES[panel.kind]
-            rest = (line, lines, group_steps, row_quads, chunk, band)
+    def add_groups(self, run: Run, band: _Band) -> None:
+        panel, group_steps = self.panels[run.segment], band.operands.group_steps
+        with T.serial(run.first, run.last) as group:
+            of_rows = self.sums_of_rows(panel, group, band)
+            line = run.line + (group - run.first) * group_steps * LINES[panel.kind]
             # One run is the common case; a loop of runs would keep more in registers than there are.
             if not panel.longest:
-                steps_of(panel, buffers, of_rows, group, T.int64(0), group_steps, *rest)
-            else:
-                with T.If(group_steps <= panel.longest), T.Then():
-                    steps_of(panel, buffers, of_rows, group, T.int64(0), group_steps, *rest)
-                runs = (group_steps + (panel.longest - 1)) // panel.longest
-                with T.If(group_steps > panel.longest), T.Then(), T.serial(T.int64(0), runs) as run:
-                    first_step = run * panel.longest
-                    steps = T.min(group_steps - first_step, panel.longest)
-                    steps_of(panel, buffers, of_rows, group, first_step, steps, *rest)
+                self.add_steps(panel, _Steps(group, T.int64(0), group_steps, line, of_rows), band)
+                return
+            with T.If(group_steps <= panel.longest), T.Then():
+                self.add_steps(panel, _Steps(group, T.int64(0), group_steps, line, of_rows), band)
+            times = (group_steps + (panel.longest - 1)) // panel.longest
+            with T.If(group_steps > panel.longest), T.Then(), T.serial(T.int64(0), times) as time:
+                first = time * panel.longest
+                count = T.min(group_steps - first, panel.longest)
+                self.add_steps(panel, _Steps(group, first, count, line, of_rows), band)
 
-    def all_groups(buffers, groups, split, lines, group_steps, row_quads, chunk, band):
-        rest = (lines, group_steps, row_quads, chunk, band)
-        if len(panels) == 1:
-            groups_of(panels[0], buffers, T.int64(0), groups, T.int64(0), *rest)
-            return
-        groups_of(panels[0], buffers, T.int64(0), split, T.int64(0), *rest)
-        groups_of(panels[1], buffers, split, groups, split * group_steps * LINES[SEGMENTS[kind][0]], *rest)
+    def sums_of_rows(self, panel: Panel, group: Expression, band: _Band) -> list[Expression]:
+        """The sums of a group's activations by row, where the panel asks for them."""
+        rows, operands, outputs = self.grid.rows, band.operands, band.outputs
+        if panel.prefix:
+            last_step = (outputs.chunk * operands.row_quads // QUADS) + (group + 1) * operands.group_steps - 1
+            at = last_step * (rows * self.prepared) + rows * QUADS
+            return _prefix_differences(operands.q, band.held.sums, rows, at)
+        if panel.start or panel.behind:
+            row_steps, first_step = operands.row_quads // QUADS, group * operands.group_steps
+            _sum_rows(operands.q_sums, outputs.row, rows, row_steps, first_step, operands.group_steps, band.held.sums)
+            return _added_up(band.held.sums, rows)
+        return []
 
-    def to_rows(total, result, band):
+    def add_steps(self, panel: Panel, steps: _Steps, band: _Band) -> None:
+        """Adds the products of steps, times the scales of their group, to the totals."""
+        operands, block, held = band.operands, band.outputs.block, band.held
+        blocks, parts = self.grid.blocks, self.grid.parts
+        for k, value in enumerate(_first_values(panel, steps)):
+            for j in range(blocks):
+                store(held.products, value, self.held_at(j, k), _LANES)
+        # There is at least one step; said so, LLVM keeps the conversion to float out of the loop.
+        with T.serial(T.int64(0), T.max(steps.count, 1)) as step:
+            line = steps.line + (steps.first + step) * LINES[panel.kind]
+            quad = (steps.group * operands.group_steps + steps.first + step) * QUADS
+            self.add_step(panel, [block[j] * operands.lines + line for j in range(blocks)], quad, band)
+        behind = _behind(panel, steps)
         for j in range(blocks):
-            values = panels[0].in_rows([vector(total, at(band, j, i), _LANES) for i in range(share)])
-            for i, value in enumerate(values):
-                start = ((i // parts * blocks + j) * parts + i % parts) * _LANES
-                T.buffer_store(result, value, [T.ramp(start, 1, _LANES)])
+            start = (block[j] * operands.groups + steps.group) * 16 + band.index * (parts * _LANES)
+            factors = [to_float(vector(operands.scale, start + part * _LANES, _LANES), _LANES) for part in range(parts)]
+            spread = panel.by_part(factors)
+            of_block = [vector(held.products, self.held_at(j, k), _LANES) for k in range(panel.accumulators)]
+            for i, value in enumerate(panel.sums(of_block)):
+                whole = value + behind[i] if behind else value
+                at = self.at(band.index, j, i)
+                store(held.total, vector(held.total, at, _LANES) + spread[i] * to_float(whole, _LANES), at, _LANES)
 
-    @T.prim_func(s_tir=True)
-    def kernel(
-        q_data: T.handle("int32"),
-        q_scale_data: T.handle("float32"),
-        q_sums_data: T.handle("int32"),
-        weight_data: T.handle("uint8"),
-        scale_data: T.handle("float16"),
-        bias_data: T.handle("float32"),
-        b_data: T.handle("float16"),
-        t_data: T.handle("float32"),
-        y_data: T.handle("float32"),
-        m_size: T.int64,
-        n_size: T.int64,
-        row_quads: T.int64,
-        lines: T.int64,
-        groups: T.int64,
-        split: T.int64,
-        group_steps: T.int64,
-        rank: T.int64,
-        has_bias: T.int64,
-        first: T.int64,
-        last: T.int64,
-    ):
-        T.func_attr({"global_symbol": name, "tirx.noalias": True})
-        n_blocks = (n_size + 15) // 16
-        q = T.decl_buffer(((m_size + (rows - 1)) * row_quads * max(1, prepared),), "int32", data=q_data)
-        q_scale = T.decl_buffer((m_size,), "float32", data=q_scale_data)
-        q_sums = T.decl_buffer((m_size * (row_quads // QUADS),), "int32", data=q_sums_data)
-        weight = T.decl_buffer((n_blocks * lines * 64,), "uint8", data=weight_data)
-        scale = T.decl_buffer((n_blocks * groups * 16,), "float16", data=scale_data)
-        bias = T.decl_buffer((n_size,), "float32", data=bias_data)
-        b = T.decl_buffer((n_blocks * rank * 16,), "float16", data=b_data)
-        t = T.decl_buffer((m_size * rank,), "float32", data=t_data)
-        y = T.decl_buffer((m_size * n_size,), "float32", data=y_data)
-        row = T.alloc_buffer((rows,), "int64", scope="local")
-        block = T.alloc_buffer((blocks,), "int64", scope="local")
-        sums = T.alloc_buffer((rows * _LANES,), "int32", scope="local")
-        products = T.alloc_buffer((blocks * most * _LANES,), "int32", scope="local")
-        total = T.alloc_buffer((bands * blocks * share * _LANES,), "float32", scope="local")
-        result = T.alloc_buffer((blocks * share * _LANES,), "float32", scope="local")
-        factor = T.alloc_buffer((_LANES,), "float32", scope="local")
-        streams = (n_blocks + (blocks - 1)) // blocks
-        for position in range(first, last):
-            for j in unrolled(blocks):
-                block[j] = T.min(position + j * streams, n_blocks - 1)
-            for chunk in range((m_size + (rows - 1)) // rows):
-                for i in unrolled(rows):
-                    row[i] = T.min(chunk * rows + i, m_size - 1)
-                # The branch is small and lies far from the streams: nothing else would fetch it in time.
-                for r in range(rank):
-                    for j in unrolled(blocks):
-                        prefetch(b, (block[j] * rank + r) * 16)
-                for band in range(bands):
-                    for i in unrolled(blocks * share):
-                        total[T.ramp(at(band, 0, i), 1, _LANES)] = splat(T.float32(0), _LANES)
-                    if prefix:
-                        for i in unrolled(rows):
-                            sums[i] = 0
-                    all_groups(
-                        (q, q_sums, weight, scale, row, block, products, total, sums, groups),
-                        groups,
-                        split,
-                        lines,
-                        group_steps,
-                        row_quads,
-                        chunk,
-                        band,
-                    )
-                    to_rows(total, result, band)
-                    for i in unrolled(rows):
-                        for j in unrolled(blocks * parts):
-                            result[T.ramp((i * blocks * parts + j) * _LANES, 1, _LANES)] = vector(
-                                result, (i * blocks * parts + j) * _LANES, _LANES
-                            ) * splat(q_scale[row[i]], _LANES)
-                    for r in range(rank):
-                        for j in unrolled(blocks):
-                            for part in unrolled(parts):
-                                factor[T.ramp(0, 1, _LANES)] = to_float(
-                                    vector(b, (block[j] * rank + r) * 16 + (band * parts + part) * _LANES, _LANES),
-                                    _LANES,
-                                )
-                                for i in unrolled(rows):
-                                    result[T.ramp(((i * blocks + j) * parts + part) * _LANES, 1, _LANES)] = vector(
-                                        result, ((i * blocks + j) * parts + part) * _LANES, _LANES
-                                    ) + vector(factor, 0, _LANES) * splat(t[row[i] * rank + r], _LANES)
-                    for i in range(T.min(m_size - chunk * rows, rows)):
-                        for j in unrolled(blocks):
-                            if position + j * streams < n_blocks:
-                                start = block[j] * 16 + band * (parts * _LANES)
-                                if n_size - start >= parts * _LANES:
-                                    for part in unrolled(parts):
-                                        at_y = (chunk * rows + i) * n_size + start + part * _LANES
-                                        value = vector(result, ((i * blocks + j) * parts + part) * _LANES, _LANES)
-                                        if has_bias != 0:
-                                            y[T.ramp(at_y, 1, _LANES)] = value + vector(
-                                                bias, start + part * _LANES, _LANES
-                                            )
-                                        else:
-                                            y[T.ramp(at_y, 1, _LANES)] = value
-                                else:
-                                    for n in range(n_size - start):
-                                        element = result[(i * blocks + j) * (parts * _LANES) + n]
-                                        if has_bias != 0:
-                                            y[(chunk * rows + i) * n_size + start + n] = element + bias[start + n]
-                                        else:
-                                            y[(chunk * rows + i) * n_size + start + n] = element
+    def add_step(self, panel: Panel, lines: list[Expression], quad: Expression, band: _Band) -> None:
+        """Adds the products of a step, whose first line in each block is given, to the accumulators."""
+        operands, products = band.operands, band.held.products
 
-    return kernel
+        def line_of(j, part, i):
+            start = (lines[j] + i) * 64
+            if part is None:
+                return vector(operands.weight, start, 64)
+            return vector(operands.weight, start + (band.index * self.grid.parts + part) * 16, 16)
+
+        def quads_of(i, first):
+            if self.prepared:
+                step = (band.outputs.chunk * operands.row_quads + quad) // QUADS
+                return vector(operands.q, step * (self.grid.rows * self.prepared) + first * _LANES, _LANES)
+            return vector(operands.q, band.outputs.row[i] * operands.row_quads + quad + first, _LANES)
+
+        before = [
+            [vector(products, self.held_at(j, k), _LANES) for k in range(panel.accumulators)]
+            for j in range(self.grid.blocks)
+        ]
+        for j, totals in enumerate(panel.step(before, line_of, quads_of)):
+            for k, after in enumerate(totals):
+                store(products, after, self.held_at(j, k), _LANES)
+
+
+def _first_values(panel: Panel, steps: _Steps) -> Sequence[Expression]:
+    if panel.first:
+        return panel.first(steps.count)
+    values = [splat(T.int32(0), _LANES)] * panel.accumulators
+    if panel.start:
+        starts = panel.by_row([each * splat(T.int32(panel.start), _LANES) for each in steps.of_rows])
+        values[-len(starts) :] = starts
+    return values
+
+
+def _behind(panel: Panel, steps: _Steps) -> Sequence[Expression]:
+    if not panel.behind:
+        return []
+    return panel.by_row([each * splat(T.int32(panel.behind), _LANES) for each in steps.of_rows])
+
+
+@T.inline
+def _store_elements(result, at, at_y, start, count, outputs):
+    for n in range(count):
+        element = result[at + n]
+        if outputs.has_bias != 0:
+            outputs.y[at_y + n] = element + outputs.bias[start + n]
+        else:
+            outputs.y[at_y + n] = element
+
+
+@T.inline
+def _store_parts(result, grid, band, outputs):
+    """Stores what a band gives, in vectors but for the last output rows of a matrix that ends within it.
+
+    `product.store_tile` would not do: it picks elements of a copy that a band need not fill, and adds the bias in
+    place. Here a loop over rows leaves `result` in memory; stores into it would make LLVM unroll and spill. Vectors of
+    the bias need not be aligned on these machines.
+    """
+    for i in range(T.min(outputs.m_size - outputs.chunk * grid.rows, grid.rows)):
+        for j in unrolled(grid.blocks):
+            if outputs.position + j * outputs.streams < outputs.n_blocks:
+                start = outputs.block[j] * 16 + band * (grid.parts * _LANES)
+                row_of_y = T.meta_var((outputs.chunk * grid.rows + i) * outputs.n_size + start)
+                if outputs.n_size - start >= grid.parts * _LANES:
+                    for part in unrolled(grid.parts):
+                        at_y = row_of_y + part * _LANES
+                        value = vector(result, grid.at(i, j, part), _LANES)
+                        if outputs.has_bias != 0:
+                            outputs.y[T.ramp(at_y, 1, _LANES)] = value + vector(
+                                outputs.bias, start + part * _LANES, _LANES
+                            )
+                        else:
+                            outputs.y[T.ramp(at_y, 1, _LANES)] = value
+                else:
+                    first = T.meta_var((i * grid.blocks + j) * (grid.parts * _LANES))
+                    _store_elements(result, first, row_of_y, start, outputs.n_size - start, outputs)
+
+
+@T.inline
+def _compute(tiles, operands, outputs, held):
+    """Computes and stores a tile."""
+    prefetch_branch(operands, outputs.block, tiles.grid.blocks)
+    for band in range(tiles.bands):
+        for i in unrolled(tiles.grid.blocks * tiles.share):
+            held.total[T.ramp(tiles.at(band, 0, i), 1, _LANES)] = splat(T.float32(0), _LANES)
+        if tiles.prefix:
+            for i in unrolled(tiles.grid.rows):
+                held.sums[i] = 0
+        tiles.add_up(_Band(operands, outputs, held, band))
+        scale_and_branch(held.result, tiles.grid, band * tiles.grid.parts, held.factor, operands, outputs)
+        _store_parts(held.result, tiles.grid, band, outputs)
