@@ -24,6 +24,21 @@ MODES = {"int8": 127, "int4": 7, "static": 127}
 """The quantisers of activations and the largest code of each; `static` takes its step from the caller."""
 
 
+@T.inline
+def _take_largest(x, start, k_size, lanes, largest):
+    """The largest magnitude of a row of x."""
+    for i in unrolled(2):
+        lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
+    for chunk in range(k_size // 32):
+        for i in unrolled(2):
+            lanes[T.ramp(i * 16, 1, 16)] = T.max(
+                vector(lanes, i * 16, 16), T.abs(vector(x, start + chunk * 32 + i * 16, 16))
+            )
+    largest[0] = maximum_of(T.max(vector(lanes, T.int64(0), 16), vector(lanes, T.int64(16), 16)), 16)
+    for k in range(k_size // 32 * 32, k_size):
+        largest[0] = T.max(largest[0], T.abs(x[start + k]))
+
+
 def quantize_activation(mode: str, name: str) -> Any:
     """Q = round(x · L/max|x|), scale = max|x|/L, sums of 32 neighbours of q, for the largest code L.
 
@@ -58,16 +73,7 @@ def quantize_activation(mode: str, name: str) -> Any:
                 scale[row] = step[0]
                 factor[0] = step[0]
             else:
-                for i in unrolled(2):
-                    lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
-                for chunk in range(k_size // 32):
-                    for i in unrolled(2):
-                        lanes[T.ramp(i * 16, 1, 16)] = T.max(
-                            vector(lanes, i * 16, 16), T.abs(vector(x, row * k_size + chunk * 32 + i * 16, 16))
-                        )
-                largest[0] = maximum_of(T.max(vector(lanes, T.int64(0), 16), vector(lanes, T.int64(16), 16)), 16)
-                for k in range(k_size // 32 * 32, k_size):
-                    largest[0] = T.max(largest[0], T.abs(x[row * k_size + k]))
+                _take_largest(x, row * k_size, k_size, lanes, largest)
                 scale[row] = largest[0] / T.float32(most)
                 factor[0] = T.float32(0)
                 if largest[0] > T.float32(TINY):

@@ -5,12 +5,12 @@ Plain vector loops: at the lengths of a small board's context the products with 
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.cache import ELEMENT, PARTS, floats
-from hikui.backends.kernels.isa.base import splat, unrolled, vector
+from hikui.backends.kernels.isa.base import Expression, splat, unrolled, vector
 from hikui.backends.kernels.mathematics import exponential, sum_of
 
 KEYS = 64
@@ -55,6 +55,102 @@ def rotary(name: str) -> Any:
     return kernel
 
 
+class _Keys(NamedTuple):
+    """A row of heads · tokens, and the keys whose scores are held for it: `width` tokens of a cache from `token` on.
+
+    An element of the cache stands for `parts` columns; `stored` elements are a token's `size` columns.
+    """
+
+    fmt: str
+    parts: int
+    row: Expression
+    size: Expression
+    stored: Expression
+    token: Expression
+    width: Expression
+
+
+@T.inline
+def _score(at, q, key, key_scale, factor, lanes, scores, state):
+    """The scores of the keys, and their largest so far in state[2]."""
+    for j in range((at.width + 3) // 4):
+        for i in unrolled(4):
+            lanes[T.ramp(i * 8, 1, 8)] = splat(T.float32(0), 8)
+        for d in range(at.stored // 8):
+            for i in unrolled(4):
+                for part in unrolled(at.parts):
+                    lanes[T.ramp(i * 8, 1, 8)] = vector(lanes, i * 8, 8) + vector(
+                        q, at.row * at.size + part * at.stored + d * 8, 8
+                    ) * floats(
+                        vector(key, (at.token + T.min(j * 4 + i, at.width - 1)) * at.stored + d * 8, 8),
+                        at.fmt,
+                        part,
+                        8,
+                    )
+        for i in unrolled(4):
+            # Beyond the last key its score is repeated, which changes no maximum and is not read again.
+            state[3] = sum_of(vector(lanes, i * 8, 8), 8)
+            for d in range(at.stored // 8 * 8, at.stored):
+                for part in unrolled(at.parts):
+                    state[3] = state[3] + q[at.row * at.size + part * at.stored + d] * floats(
+                        key[(at.token + T.min(j * 4 + i, at.width - 1)) * at.stored + d], at.fmt, part, 1
+                    )
+            if at.fmt != "float32":
+                state[3] = state[3] * T.cast(key_scale[at.token + T.min(j * 4 + i, at.width - 1)], "float32")
+            scores[j * 4 + i] = state[3] * factor
+            state[2] = T.max(state[2], state[3] * factor)
+
+
+@T.inline
+def _weigh(at, value_scale, total, scores, state):
+    """Scores become weights below the maximum, state[0]; the sum of all weights so far is state[1]."""
+    for j in range(at.width, KEYS):
+        scores[j] = T.float32(LOWEST)
+    total[T.ramp(0, 1, 16)] = splat(T.float32(0), 16)
+    for j in unrolled(KEYS // 16):
+        scores[T.ramp(j * 16, 1, 16)] = exponential(vector(scores, j * 16, 16) - splat(state[0], 16), 16)
+        total[T.ramp(0, 1, 16)] = vector(total, T.int64(0), 16) + vector(scores, j * 16, 16)
+    state[1] = state[1] + sum_of(vector(total, T.int64(0), 16), 16)
+    if at.fmt != "float32":
+        for j in range(at.width):
+            scores[j] = scores[j] * T.cast(value_scale[at.token + j], "float32")
+        # Weights of 1e-38 times a scale would be subnormal numbers, which some CPUs are slow with.
+        for j in range(at.width, (at.width + 3) // 4 * 4):
+            scores[j] = T.float32(0)
+
+
+@T.inline
+def _add_values(at, value, out, total, scores, state):
+    """Rescales the output by state[3] and adds the weighted values."""
+    for part in unrolled(at.parts):
+        for d in range(at.stored // 16):
+            total[T.ramp(0, 1, 16)] = vector(out, at.row * at.size + part * at.stored + d * 16, 16) * splat(
+                state[3], 16
+            )
+            for i in unrolled(3):
+                total[T.ramp((i + 1) * 16, 1, 16)] = splat(T.float32(0), 16)
+            # The last keys of four may lie beyond the width: their weight is about 1e-38.
+            for j in range((at.width + 3) // 4):
+                for i in unrolled(4):
+                    total[T.ramp(i * 16, 1, 16)] = vector(total, i * 16, 16) + (
+                        splat(scores[j * 4 + i], 16)
+                        * floats(
+                            vector(value, (at.token + T.min(j * 4 + i, at.width - 1)) * at.stored + d * 16, 16),
+                            at.fmt,
+                            part,
+                            16,
+                        )
+                    )
+            out[T.ramp(at.row * at.size + part * at.stored + d * 16, 1, 16)] = (
+                vector(total, T.int64(0), 16) + vector(total, T.int64(16), 16)
+            ) + (vector(total, T.int64(32), 16) + vector(total, T.int64(48), 16))
+        for d in range(at.stored // 16 * 16, at.stored):
+            state[2] = out[at.row * at.size + part * at.stored + d] * state[3]
+            for j in range(at.width):
+                state[2] = state[2] + scores[j] * floats(value[(at.token + j) * at.stored + d], at.fmt, part, 1)
+            out[at.row * at.size + part * at.stored + d] = state[2]
+
+
 def attention(fmt: str, name: str) -> Any:
     """Causal attention of rows [first, last) of heads · tokens over the first past + token + 1 keys of the caches.
 
@@ -62,7 +158,7 @@ def attention(fmt: str, name: str) -> Any:
     output row itself is the accumulator. A quantised cache is widened where it is read: a key's scale multiplies its
     score, a value's its weight. A float32 cache has no scales, and the pointers to them are not read.
     """
-    element, parts, quantised = ELEMENT[fmt], PARTS[fmt], fmt != "float32"
+    element, parts = ELEMENT[fmt], PARTS[fmt]
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -105,75 +201,13 @@ def attention(fmt: str, name: str) -> Any:
                 width = T.min(columns - block * KEYS, KEYS)
                 token = head * context + block * KEYS
                 state[2] = state[0]
-                for j in range((width + 3) // 4):
-                    for i in unrolled(4):
-                        lanes[T.ramp(i * 8, 1, 8)] = splat(T.float32(0), 8)
-                    for d in range(stored // 8):
-                        for i in unrolled(4):
-                            for part in unrolled(parts):
-                                lanes[T.ramp(i * 8, 1, 8)] = vector(lanes, i * 8, 8) + vector(
-                                    q, row * size + part * stored + d * 8, 8
-                                ) * floats(
-                                    vector(key, (token + T.min(j * 4 + i, width - 1)) * stored + d * 8, 8),
-                                    fmt,
-                                    part,
-                                    8,
-                                )
-                    for i in unrolled(4):
-                        # Beyond the last key its score is repeated, which changes no maximum and is not read again.
-                        state[3] = sum_of(vector(lanes, i * 8, 8), 8)
-                        for d in range(stored // 8 * 8, stored):
-                            for part in unrolled(parts):
-                                state[3] = state[3] + q[row * size + part * stored + d] * floats(
-                                    key[(token + T.min(j * 4 + i, width - 1)) * stored + d], fmt, part, 1
-                                )
-                        if quantised:
-                            state[3] = state[3] * T.cast(key_scale[token + T.min(j * 4 + i, width - 1)], "float32")
-                        scores[j * 4 + i] = state[3] * factor
-                        state[2] = T.max(state[2], state[3] * factor)
+                at = T.meta_var(_Keys(fmt, parts, row, size, stored, token, width))
+                _score(at, q, key, key_scale, factor, lanes, scores, state)
                 state[3] = exponential(state[0] - state[2], 1)
                 state[0] = state[2]
                 state[1] = state[1] * state[3]
-                for j in range(width, KEYS):
-                    scores[j] = T.float32(LOWEST)
-                total[T.ramp(0, 1, 16)] = splat(T.float32(0), 16)
-                for j in unrolled(KEYS // 16):
-                    scores[T.ramp(j * 16, 1, 16)] = exponential(vector(scores, j * 16, 16) - splat(state[0], 16), 16)
-                    total[T.ramp(0, 1, 16)] = vector(total, T.int64(0), 16) + vector(scores, j * 16, 16)
-                state[1] = state[1] + sum_of(vector(total, T.int64(0), 16), 16)
-                if quantised:
-                    for j in range(width):
-                        scores[j] = scores[j] * T.cast(value_scale[token + j], "float32")
-                    # Weights of 1e-38 times a scale would be subnormal numbers, which some CPUs are slow with.
-                    for j in range(width, (width + 3) // 4 * 4):
-                        scores[j] = T.float32(0)
-                for part in unrolled(parts):
-                    for d in range(stored // 16):
-                        total[T.ramp(0, 1, 16)] = vector(out, row * size + part * stored + d * 16, 16) * splat(
-                            state[3], 16
-                        )
-                        for i in unrolled(3):
-                            total[T.ramp((i + 1) * 16, 1, 16)] = splat(T.float32(0), 16)
-                        # The last keys of four may lie beyond the width: their weight is about 1e-38.
-                        for j in range((width + 3) // 4):
-                            for i in unrolled(4):
-                                total[T.ramp(i * 16, 1, 16)] = vector(total, i * 16, 16) + (
-                                    splat(scores[j * 4 + i], 16)
-                                    * floats(
-                                        vector(value, (token + T.min(j * 4 + i, width - 1)) * stored + d * 16, 16),
-                                        fmt,
-                                        part,
-                                        16,
-                                    )
-                                )
-                        out[T.ramp(row * size + part * stored + d * 16, 1, 16)] = (
-                            vector(total, T.int64(0), 16) + vector(total, T.int64(16), 16)
-                        ) + (vector(total, T.int64(32), 16) + vector(total, T.int64(48), 16))
-                    for d in range(stored // 16 * 16, stored):
-                        state[2] = out[row * size + part * stored + d] * state[3]
-                        for j in range(width):
-                            state[2] = state[2] + scores[j] * floats(value[(token + j) * stored + d], fmt, part, 1)
-                        out[row * size + part * stored + d] = state[2]
+                _weigh(at, value_scale, total, scores, state)
+                _add_values(at, value, out, total, scores, state)
             for d in range(size):
                 out[row * size + d] = out[row * size + d] / state[1]
 

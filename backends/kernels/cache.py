@@ -58,6 +58,23 @@ def _packed(first: Expression, second: Expression, lanes: int) -> Expression:
     return low | (high << four)
 
 
+@T.inline
+def _take_extremes(x, start, size, lanes, state):
+    """The largest of a row's values and of their negatives, into state[0] and state[1]; neither is below 0."""
+    for i in unrolled(2):
+        lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
+    for chunk in range(size // 16):
+        lanes[T.ramp(0, 1, 16)] = T.max(vector(lanes, T.int64(0), 16), vector(x, start + chunk * 16, 16))
+        lanes[T.ramp(16, 1, 16)] = T.max(
+            vector(lanes, T.int64(16), 16), splat(T.float32(0), 16) - vector(x, start + chunk * 16, 16)
+        )
+    state[0] = maximum_of(vector(lanes, T.int64(0), 16), 16)
+    state[1] = maximum_of(vector(lanes, T.int64(16), 16), 16)
+    for d in range(size // 16 * 16, size):
+        state[0] = T.max(state[0], x[start + d])
+        state[1] = T.max(state[1], T.float32(0) - x[start + d])
+
+
 def cache_store(fmt: str, name: str) -> Any:
     """Quantises rows [first, last) of heads · tokens into the tokens past, past + 1, … of each head's cache.
 
@@ -86,18 +103,7 @@ def cache_store(fmt: str, name: str) -> Any:
         state = T.alloc_buffer((3,), "float32", scope="local")
         for row in range(first, last):
             target = row // tokens * context + past + row % tokens
-            for i in unrolled(2):
-                lanes[T.ramp(i * 16, 1, 16)] = splat(T.float32(0), 16)
-            for chunk in range(size // 16):
-                lanes[T.ramp(0, 1, 16)] = T.max(vector(lanes, T.int64(0), 16), vector(x, row * size + chunk * 16, 16))
-                lanes[T.ramp(16, 1, 16)] = T.max(
-                    vector(lanes, T.int64(16), 16), splat(T.float32(0), 16) - vector(x, row * size + chunk * 16, 16)
-                )
-            state[0] = maximum_of(vector(lanes, T.int64(0), 16), 16)
-            state[1] = maximum_of(vector(lanes, T.int64(16), 16), 16)
-            for d in range(size // 16 * 16, size):
-                state[0] = T.max(state[0], x[row * size + d])
-                state[1] = T.max(state[1], T.float32(0) - x[row * size + d])
+            _take_extremes(x, row * size, size, lanes, state)
             if fmt == "int8":
                 state[2] = T.max(state[0], state[1]) / T.float32(127)
             else:

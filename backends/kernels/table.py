@@ -46,24 +46,29 @@ def _float_tiles(isa: Isa) -> dict[str, tuple[Tile, int]]:
     }
 
 
-def kernels(isa: Isa) -> Iterator[Kernel]:
-    """Every kernel of an instruction set."""
-
-    def symbol(kernel: str) -> str:
-        return kernel_symbol(kernel, isa)
-
+def _integer_kernels(isa: Isa) -> Iterator[Kernel]:
+    """The products of integers, and what prepares activations for them."""
     prepared = set()
     for size in dict.fromkeys(isa.classes.get(size, size) for size in SIZES):
         for kind in SEGMENTS:
-            name = symbol(f"linear_a8_{kind}_{size}")
+            name = kernel_symbol(f"linear_a8_{kind}_{size}", isa)
             special = isa.special.get((kind, size))
             yield Kernel(
                 name, "integer_kernel", partial(special.build if special else linear.integer, isa, kind, size, name)
             )
             if special and special.prepare and special.prepare_build and special.prepare not in prepared:
                 prepared.add(special.prepare)
-                name = symbol(special.prepare)
+                name = kernel_symbol(special.prepare, isa)
                 yield Kernel(name, "prepare_kernel", partial(special.prepare_build, isa, name))
+
+
+def kernels(isa: Isa) -> Iterator[Kernel]:
+    """Every kernel of an instruction set."""
+
+    def symbol(kernel: str) -> str:
+        return kernel_symbol(kernel, isa)
+
+    yield from _integer_kernels(isa)
     for kind in SEGMENTS:
         for size, rows in _WEIGHT_ONLY_ROWS.items():
             name = symbol(f"linear_{kind}_{size}")

@@ -10,6 +10,24 @@ from hikui.backends.kernels.cuda.block import ALL_LANES, THREADS, WARP, WARPS
 from hikui.lowering.formats import ACTIVATION_PADDING, SUM_WIDTH
 
 
+@T.inline
+def _take_largest(x, start, k_size, lane, warp, thread, maxima, largest):
+    """The largest magnitude of a block's row of x, for all of its threads."""
+    largest[0] = T.float32(0)
+    for turn in range((k_size + (THREADS - 1)) // THREADS):
+        if turn * THREADS + thread < k_size:
+            largest[0] = T.max(largest[0], T.abs(x[start + (turn * THREADS + thread)]))
+    for bit in T.unroll(5):
+        largest[0] = T.max(
+            largest[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), largest[0], T.int32(1) << bit, 32, 32)
+        )
+    if lane == 0:
+        maxima[warp] = largest[0]
+    T.evaluate(T.tvm_storage_sync("shared"))
+    for w in T.unroll(WARPS):
+        largest[0] = T.max(largest[0], maxima[w])
+
+
 def quantize_activation(largest_code: int, static: bool, name: str) -> Any:
     """Q = round(x / step), clipped to ±largest_code; sums of 32 neighbours of q.
 
@@ -51,19 +69,7 @@ def quantize_activation(largest_code: int, static: bool, name: str) -> Any:
         if static:
             largest[0] = step[0]
         else:
-            largest[0] = T.float32(0)
-            for turn in range((k_size + (THREADS - 1)) // THREADS):
-                if turn * THREADS + thread < k_size:
-                    largest[0] = T.max(largest[0], T.abs(x[start + (turn * THREADS + thread)]))
-            for bit in T.unroll(5):
-                largest[0] = T.max(
-                    largest[0], T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), largest[0], T.int32(1) << bit, 32, 32)
-                )
-            if lane == 0:
-                maxima[warp] = largest[0]
-            T.evaluate(T.tvm_storage_sync("shared"))
-            for w in T.unroll(WARPS):
-                largest[0] = T.max(largest[0], maxima[w])
+            _take_largest(x, start, k_size, lane, warp, thread, maxima, largest)
         if thread == 0:
             if static:
                 scale[row] = largest[0]

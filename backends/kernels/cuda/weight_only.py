@@ -85,6 +85,49 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
     return kernel
 
 
+@T.inline
+def _read(activation, x, row, column, k_size, rows, quads):
+    """Reads the activations of `quads` quads from a column on, zeros beyond the last."""
+    if k_size % 4 == 0 and column + quads * 4 <= k_size:
+        for i in T.unroll(rows):
+            for f in T.unroll(quads):
+                # Four elements at a multiple of four: the compiler is told by this index's form.
+                activation[T.ramp((i * quads + f) * 4, 1, 4)] = x[
+                    T.ramp((T.cast(row[i], "int64") * (k_size // 4) + (column // 4 + f)) * 4, 1, 4)
+                ]
+    else:
+        for i in T.unroll(rows):
+            for k in T.unroll(quads * 4):
+                activation[i * quads * 4 + k] = T.if_then_else(
+                    column + k < k_size,
+                    x[T.cast(row[i], "int64") * k_size + (column + k)],
+                    T.cast(0, x.dtype),
+                )
+
+
+@T.inline
+def _multiply(product, codes, part, activation, value, rows, quads, offset):
+    """Adds the products of `quads` quads, the part-th so many of a step."""
+    for f in T.unroll(quads):
+        for r in T.unroll(4):
+            for j in T.unroll(4):
+                value[0] = T.call_pure_extern(
+                    "float32",
+                    "__int_as_float",
+                    T.call_pure_extern(
+                        "int32",
+                        "__byte_perm",
+                        codes[(part * quads + f) * 4 + r],
+                        T.int32(_EXPONENT),
+                        0x7540 + j,
+                    ),
+                ) - T.float32(_BASE + offset)
+                for i in T.unroll(rows):
+                    product[i * 4 + r] = product[i * 4 + r] + value[0] * T.cast(
+                        activation[(i * quads + f) * 4 + j], "float32"
+                    )
+
+
 def _add_steps(kind: str, dtype: str, rows: int) -> Any:
     """What adds the products of steps of one kind to the sums of a lane."""
     words, lines = unsigned(kind), LINES[kind]
@@ -112,39 +155,8 @@ def _add_steps(kind: str, dtype: str, rows: int) -> Any:
                     product[i] = T.float32(0)
                 for part in T.unroll(QUADS // quads):
                     column = (first_step + step) * 32 + part * (quads * 4)
-                    if k_size % 4 == 0 and column + quads * 4 <= k_size:
-                        for i in T.unroll(rows):
-                            for f in T.unroll(quads):
-                                # Four elements at a multiple of four: the compiler is told by this index's form.
-                                activation[T.ramp((i * quads + f) * 4, 1, 4)] = x[
-                                    T.ramp((T.cast(row[i], "int64") * (k_size // 4) + (column // 4 + f)) * 4, 1, 4)
-                                ]
-                    else:
-                        for i in T.unroll(rows):
-                            for k in T.unroll(quads * 4):
-                                activation[i * quads * 4 + k] = T.if_then_else(
-                                    column + k < k_size,
-                                    x[T.cast(row[i], "int64") * k_size + (column + k)],
-                                    T.cast(0, dtype),
-                                )
-                    for f in T.unroll(quads):
-                        for r in T.unroll(4):
-                            for j in T.unroll(4):
-                                value[0] = T.call_pure_extern(
-                                    "float32",
-                                    "__int_as_float",
-                                    T.call_pure_extern(
-                                        "int32",
-                                        "__byte_perm",
-                                        codes[(part * quads + f) * 4 + r],
-                                        T.int32(_EXPONENT),
-                                        0x7540 + j,
-                                    ),
-                                ) - T.float32(_BASE + words.offset)
-                                for i in T.unroll(rows):
-                                    product[i * 4 + r] = product[i * 4 + r] + value[0] * T.cast(
-                                        activation[(i * quads + f) * 4 + j], "float32"
-                                    )
+                    _read(activation, x, row, column, k_size, rows, quads)
+                    _multiply(product, codes, part, activation, value, rows, quads, words.offset)
                 halves[T.ramp(0, 1, 4)] = scale[
                     (T.cast(block, "int64") * groups + ((first_step + step) >> group_shift)) * 4 + quarter
                 ]
