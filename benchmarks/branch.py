@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hikui.lowering.app.lower import BACKENDS, Prepared, build, prepare
+from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.lower import BACKENDS, build, prepare
 from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact.generate import Runner

@@ -184,3 +184,18 @@ def selected(nodes: list[fx.Node], only: str, skip: str) -> Iterator[fx.Node]:
         name = node.meta[SITE]
         if take.search(name) and not (leave and leave.search(name)):
             yield node
+
+
+def block_segments(program: Program) -> list[list[fx.Node]]:
+    """The graph's calls in order, cut where a new block begins; what has no block stays with what came before."""
+    segments: list[list[fx.Node]] = [[]]
+    current: int | None = None
+    for node in program.graph.nodes:
+        if node.op != "call_function":
+            continue
+        block = node.meta.get(BLOCK, current)
+        if block != current:
+            segments.append([])
+            current = block
+        segments[-1].append(node)
+    return [segment for segment in segments if segment]

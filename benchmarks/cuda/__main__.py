@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = Device(options.driver)
         with tempfile.TemporaryDirectory() as folder:
             device.load(options.fatbin or build_fatbin(ARCHITECTURES, Path(folder)))
-        report = {"device": device.name, "capability": device.capability, "checks": check(device)}
+        report: dict[str, Any] = {"device": device.name, "capability": device.capability, "checks": check(device)}
         if not options.checks:
             report |= measure(device, options.size, options.rows, options.rounds)
     except HikuiError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.program import BLOCK, WEIGHT, Program, evaluate
+from hikui.lowering.ir.program import WEIGHT, Program, evaluate
 from hikui.lowering.memory import give_back
 
 _HOLES = 1 << 28
@@ -119,66 +119,6 @@ class Interpreter:
             for dead in self._dying.get(node, ()):
                 env.pop(dead, None)
         raise AssertionError("a graph ends with its output")
-
-
-def block_segments(program: Program) -> list[list[fx.Node]]:
-    """The graph's calls in order, cut where a new block begins; what has no block stays with what came before."""
-    segments: list[list[fx.Node]] = [[]]
-    current: int | None = None
-    for node in program.graph.nodes:
-        if node.op != "call_function":
-            continue
-        block = node.meta.get(BLOCK, current)
-        if block != current:
-            segments.append([])
-            current = block
-        segments[-1].append(node)
-    return [segment for segment in segments if segment]
-
-
-@torch.no_grad()
-def run_blocks(
-    program: Program,
-    chunks: Sequence[Tensor],
-    observe: Callable[[int, fx.Node, tuple[object, ...], object], None],
-    progress: Callable[[str, int, int], None] | None = None,
-) -> None:
-    """Runs all chunks through one block after the other, so that each weight is loaded once and one block at a time.
-
-    Args:
-        program: the program.
-        chunks: int64 [1, T] each, run from an empty cache.
-        observe: called with the chunk's index, the node, its arguments and its result.
-        progress: called with ("block", done, total).
-    """
-    context = program.config.context_length
-    for chunk in chunks:
-        check_length(chunk.shape[1], 0, context)
-    segments = block_segments(program)
-    tokens, past, *caches = program.input_nodes()
-    dying = _last_uses([node for segment in segments for node in segment])
-    envs: list[dict[fx.Node, object]] = [{tokens: chunk, past: torch.tensor([0])} for chunk in chunks]
-    for index, segment in enumerate(segments):
-        weights: dict[fx.Node, Tensor] = {}
-        for node in segment:
-            for operand in node.all_input_nodes:
-                if WEIGHT in operand.meta and operand not in weights:
-                    weights[operand] = program.store.load(program.weight_of(operand))
-        for number, env in enumerate(envs):
-            env.update(weights)
-            for node in segment:
-                for operand in node.all_input_nodes:
-                    if operand in caches and operand not in env:
-                        env[operand] = empty_cache(operand)
-                args, result = evaluate(node, env.__getitem__)
-                env[node] = result
-                observe(number, node, args, result)
-                for dead in dying.get(node, ()):
-                    env.pop(dead, None)
-            for operand in weights:
-                env.pop(operand, None)
-        if progress is not None:
-            progress("block", index + 1, len(segments))
 
 
 class ReferenceRunner:

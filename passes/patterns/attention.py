@@ -99,24 +99,9 @@ def _masks_this_many(mask: fx.Node, q: fx.Node) -> bool:
 
 def _cache_behind(operand: object, q: fx.Node) -> CacheMatch | NoMatch:
     """The cache behind an operand of attention, through the repetition of its heads and the scaling of its columns."""
-    node = operand
-    if is_call(node, aten.reshape.default):
-        expanded = node.args[0]
-        if not is_call(expanded, aten.expand.default) or not is_call(expanded.args[0], aten.unsqueeze.default):
-            return NoMatch(f"{node.name} is no repetition of the cache's heads", node.name)
-        single = expanded.args[0]
-        source = single.args[0]
-        assert isinstance(source, fx.Node)
-        if single.args[1] != 2 or source.meta["val"].dim() != 4 or not _repeats_heads(source, expanded, node):
-            return NoMatch(
-                f"{node.name} does not repeat each head of the cache side by side",
-                node.name,
-            )
-        node = source
-    elif is_call(node, aten.repeat_interleave.self_int):
-        if argument(node, 2, "dim") != 1:
-            return NoMatch(f"{node.name} does not repeat the heads of the cache", node.name)
-        node = node.args[0]
+    node = _one_of_each_head(operand)
+    if isinstance(node, NoMatch):
+        return node
     chain: list[fx.Node] = []
     step = centre = None
     if is_call(node, aten.add.Tensor) and is_columns(node.args[1], node) and not node.kwargs:
@@ -127,33 +112,58 @@ def _cache_behind(operand: object, q: fx.Node) -> CacheMatch | NoMatch:
         step = node.args[1]
         chain.append(node)
         node = node.args[0]
+    update = _update_of(node, q, scaled=bool(chain))
+    if isinstance(update, NoMatch):
+        return update
+    assert isinstance(node, fx.Node), "it is an update's value"
+    if (shared := _shared(update, [node, *chain])) is not None:
+        return shared
+    if int(shape(q)[1]) % int(shape(node)[1]):
+        return NoMatch(f"{shape(q)[1]} query heads do not share {shape(node)[1]} cached ones evenly", node.name)
+    return CacheMatch(update, node, step, centre)
+
+
+def _one_of_each_head(node: object) -> object:
+    """What an operand repeats the heads of, or the operand itself; `NoMatch` where it repeats otherwise."""
+    if is_call(node, aten.reshape.default):
+        expanded = node.args[0]
+        if not is_call(expanded, aten.expand.default) or not is_call(expanded.args[0], aten.unsqueeze.default):
+            return NoMatch(f"{node.name} is no repetition of the cache's heads", node.name)
+        single = expanded.args[0]
+        source = single.args[0]
+        assert isinstance(source, fx.Node)
+        if single.args[1] != 2 or source.meta["val"].dim() != 4 or not _repeats_heads(source, expanded, node):
+            return NoMatch(f"{node.name} does not repeat each head of the cache side by side", node.name)
+        return source
+    if is_call(node, aten.repeat_interleave.self_int):
+        if argument(node, 2, "dim") != 1:
+            return NoMatch(f"{node.name} does not repeat the heads of the cache", node.name)
+        return node.args[0]
+    return node
+
+
+def _update_of(node: object, q: fx.Node, *, scaled: bool) -> fx.Node | NoMatch:
+    """The cache update whose value is read; only a quantised one's may be scaled."""
     if is_call(node, operator.getitem) and is_call(node.args[0], hikui.cache_update_quantized.default):
         update = node.args[0]
         if node.args[1] != 0:
             return NoMatch(f"{node.name} is not what {update.name} lets be read", node.name)
-    elif is_call(node, hikui.cache_update.default) and not chain:
-        update = node
-    else:
-        return NoMatch(f"its keys or values are {_describe(node)}, not an updated cache", q.name)
+        return update
+    if is_call(node, hikui.cache_update.default) and not scaled:
+        return node
+    return NoMatch(f"its keys or values are {_describe(node)}, not an updated cache", q.name)
+
+
+def _shared(update: fx.Node, links: list[fx.Node]) -> NoMatch | None:
+    """Why the values on the way from a cache to one attention are not this attention's alone, or None."""
     cache = update.args[0]
     if not isinstance(cache, fx.Node) or cache.op != "placeholder":
-        return NoMatch(
-            f"{update.name} updates {_describe(cache)}, not a cache of the program",
-            update.name,
-        )
-    for link in (node, *chain):
+        return NoMatch(f"{update.name} updates {_describe(cache)}, not a cache of the program", update.name)
+    for link in links:
         readers = [user for user in link.users if user.op != "output"]
         if len(readers) != 1:
-            return NoMatch(
-                f"{link.name} is read by {len(readers)} calls, not by one attention alone",
-                link.name,
-            )
-    if int(shape(q)[1]) % int(shape(node)[1]):
-        return NoMatch(
-            f"{shape(q)[1]} query heads do not share {shape(node)[1]} cached ones evenly",
-            node.name,
-        )
-    return CacheMatch(update, node, step, centre)
+            return NoMatch(f"{link.name} is read by {len(readers)} calls, not by one attention alone", link.name)
+    return None
 
 
 def is_columns(node: object, values: fx.Node) -> TypeGuard[fx.Node]:

@@ -9,7 +9,8 @@ from torch import Tensor, fx, nn
 
 import hikui.lowering.ir.dialect  # noqa: F401
 from hikui.lowering.formats import Format, pack
-from hikui.lowering.ir.program import WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.cache_shape import CacheShape
+from hikui.lowering.ir.program import WEIGHT, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
 from hikui.passes.quantise.rounding import round_matrix
 
@@ -43,7 +44,7 @@ def weights(seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return torch.randn(shape, generator=generator) / torch.tensor(shape[-1]).sqrt()
 
     tensors = {"embedding": random(VOCABULARY, WIDTH) * 4, "frequencies": 10000 ** (-torch.arange(0, SIZE, 2) / SIZE)}
     for block in range(2):
@@ -78,8 +79,8 @@ class _Model(nn.Module):
             own = {name.removeprefix(f"{block}."): tensor for name, tensor in t.items()}
             x, *new = make(own, x, cos, sin, past, *caches[2 * block : 2 * block + 2])
             written += new
-        for make, first in ((self.over_int8, 4), (self.over_int4, 8)):
-            x, *new = make(x, past, *caches[first : first + 4])
+        for over, first in ((self.over_int8, 4), (self.over_int4, 8)):
+            x, *new = over(x, past, *caches[first : first + 4])
             written += new
         ops = torch.ops.hikui
         x = ops.rms_norm(F.linear(x, t["plain"], t["plain.bias"]), t["norm"], 1e-5)
@@ -92,7 +93,8 @@ class _Model(nn.Module):
         block: int, t: dict[str, Tensor], name: str, q: tuple[Tensor, Tensor, Tensor], bias: Tensor | None = None
     ) -> Tensor:
         weight, scale = t[f"{name}.weight"], t[f"{name}.scale"]
-        return torch.ops.hikui.linear_a8(*q, weight, scale, bias, FORMATS[block][name], SHAPES[name][0])
+        product: Tensor = torch.ops.hikui.linear_a8(*q, weight, scale, bias, FORMATS[block][name], SHAPES[name][0])
+        return product
 
     def heads(
         self, block: int, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], cos: Tensor, sin: Tensor
@@ -109,7 +111,8 @@ class _Model(nn.Module):
     @staticmethod
     def branch(block: int, t: dict[str, Tensor], q: tuple[Tensor, Tensor, Tensor], x: Tensor) -> Tensor:
         operands = (t["down.weight"], t["down.scale"], None, x, t["a"], t["b"])
-        return torch.ops.hikui.linear_a8_branch(*q, *operands, FORMATS[block]["down"], WIDTH)
+        product: Tensor = torch.ops.hikui.linear_a8_branch(*q, *operands, FORMATS[block]["down"], WIDTH)
+        return product
 
     def fused(
         self, t: dict[str, Tensor], x: Tensor, cos: Tensor, sin: Tensor, past: Tensor, keys: Tensor, values: Tensor

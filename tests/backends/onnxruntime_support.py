@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hikui.backends.onnxruntime import OnnxRuntimeBackend, library
-from hikui.lowering.app.lower import available_passes
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.artefact.target import Target, resolve
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import Program

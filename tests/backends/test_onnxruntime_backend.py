@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from hikui.backends.onnxruntime import OnnxRuntimeBackend, OrtRunner, ort_run
-from hikui.lowering.app.lower import available_passes
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.artefact import elf
 from hikui.lowering.artefact.backend import BuildResult
 from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, pack
+from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.interpreter import ReferenceRunner
-from hikui.lowering.ir.program import WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.program import WEIGHT, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.lowering.pipeline.run import Pipeline

@@ -103,8 +103,8 @@ def _edited(change: object) -> Program:
 
 
 def test_no_compiler_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.shutil, "which", lambda name: None)
-    monkeypatch.setattr(toolchain.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("hikui.backends.toolchain.shutil.which", lambda name: None)
+    monkeypatch.setattr("hikui.backends.toolchain.util.find_spec", lambda name: None)
     with pytest.raises(HikuiError, match=r"g\+\+-aarch64-linux-gnu .*hikui\[cross\]"):
         toolchain.compilers("aarch64-linux-gnu")
 

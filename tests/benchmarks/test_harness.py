@@ -81,12 +81,14 @@ def test_shares_and_ratios_are_paired_by_round() -> None:
         turn("same", [2.2, 4.4, 8.8]), turn("slower", [20.0] * 3), turn("narrow", [0.1] * 3, bits=2.1),
     )  # fmt: skip
     cold, *_ = rows_of([ours, same, slower, narrow], read, peak, quantise, COLD)
-    assert (cold.limit, cold.share_of_limit) == ("read", pytest.approx(1000 / 8000 / 1.1, abs=1e-3))
+    assert cold.limit == "read"
+    assert cold.share_of_limit == pytest.approx(1000 / 8000 / 1.1, abs=1e-3)
     assert cold.quantise_share == pytest.approx(0.1)
     assert (cold.peer, cold.times_peer) == ("same", 2.0)
     assert cold.peer_gmacs == 0.0
     cached, theirs, *_ = rows_of([ours, same, slower, narrow], read, peak, quantise, CACHED)
-    assert (cached.limit, cached.share_of_limit) == ("peak", pytest.approx(1e4 / 1e6 / 2.2, abs=1e-3))
+    assert cached.limit == "peak"
+    assert cached.share_of_limit == pytest.approx(1e4 / 1e6 / 2.2, abs=1e-3)
     assert theirs.peer is None and theirs.quantise_share is None
 
 

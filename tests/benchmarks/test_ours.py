@@ -88,7 +88,7 @@ def test_two_threads_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         prepared.steps[0]()
         assert prepared.result is not None
         results.append(prepared.result().copy())
-    assert np.array_equal(*results)
+    assert np.array_equal(results[0], results[1])
 
 
 def test_the_library_says_which_kernels_it_uses(tmp_path: Path) -> None:

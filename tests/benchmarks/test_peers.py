@@ -29,7 +29,8 @@ def codes(bits: int, n: int, k: int) -> NDArray[np.float64]:
     """What `random_bytes` stands for: fields from the lowest bit up, the middle of their range at zero."""
     packed = random_bytes((n, k // GROUP, GROUP * bits // 8), 1)[0]
     fields = (packed[..., np.newaxis] >> np.arange(0, 8, bits, dtype=np.uint8)) & (2**bits - 1)
-    return fields.reshape(n, k).astype(np.float64) - 2 ** (bits - 1)
+    out: NDArray[np.float64] = fields.reshape(n, k).astype(np.float64) - 2 ** (bits - 1)
+    return out
 
 
 @pytest.mark.parametrize("workload", WORKLOADS, ids=str)

@@ -118,7 +118,7 @@ def test_attention_over_a_quantised_cache(runner: Runner, fmt: str) -> None:
             whole = dequantize_cache(wanted[at], wanted[2 + at])[:, :, : past + tokens].double()
             seen.append(whole.repeat_interleave(heads // kv_heads, 1))
         mask = torch.arange(past + tokens) <= past + torch.arange(tokens).unsqueeze(1)
-        attended = F.scaled_dot_product_attention(q.double(), *seen, attn_mask=mask, scale=scale)
+        attended = F.scaled_dot_product_attention(q.double(), seen[0], seen[1], attn_mask=mask, scale=scale)
         references.append((wanted, attended, float(seen[0].abs().max()), float(seen[1].abs().max())))
     expected = runner.run(calls)
     for result, (wanted, attended, largest_key, largest) in zip(expected, references, strict=True):

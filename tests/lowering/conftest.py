@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from hikui.lowering.app.lower import Prepared, build, prepare
+from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.lower import build, prepare
 from hikui.lowering.app.request import Request
 from hikui.lowering.artefact.manifest import Artefact
 from hikui.lowering.artefact.target import resolve

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, fx, nn
 
 import hikui.lowering.ir.dialect  # noqa: F401
-from hikui.lowering.ir.program import BLOCK, WEIGHT, CacheShape, ModelConfig, Program
+from hikui.lowering.ir.cache_shape import CacheShape
+from hikui.lowering.ir.program import BLOCK, WEIGHT, ModelConfig, Program
 from hikui.lowering.ir.store import WeightStore
 
 CONTEXT, VOCABULARY, WIDTH, HEADS, KV_HEADS = 16, 24, 16, 4, 2

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hikui.lowering.app.lower import available_passes
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir.program import SITE
 from hikui.lowering.pipeline import recipe

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -106,25 +106,10 @@ def plan(
     for path in (reading.text, reading.calibration):
         if path is not None:
             text.read_text(path)
-    runs, used = [Run(FLOAT, model, reading)], set[float]()
+    runs = [Run(FLOAT, model, reading)]
     for name in recipes:
-        recipe = load_recipe(name)
-        assigns = any(step.budget for step in recipe.build(available_passes()))
-        for budget in budgets if budgets and assigns else (None,):
-            chosen = recipe if budget is None else load_recipe(recipe, budget)
-            label = recipe.name if budget is None else f"{recipe.name} at {budget:g} bits"
-            used |= set() if budget is None else {budget}
-            calibrates = any(step.calibrates for step in chosen.build(available_passes()))
-            if calibrates and reading.calibration is None:
-                raise UsageError(f"Recipe {recipe.name} needs text to calibrate on; give some with --calibration FILE.")
-            if not calibrates:
-                runs.append(Run(label, model, reading, chosen))
-                continue
-            for seed in seeds:
-                drawn = chosen.calibration.model_copy(update={"seed": seed})
-                seeded = chosen.model_copy(update={"calibration": drawn})
-                runs.append(Run(label, model, reading, seeded, True, seed))
-    if budgets and not used:
+        runs += _runs_of_recipe(name, model, reading, seeds, budgets)
+    if budgets and not any(_keeps_to_a_budget(load_recipe(name)) for name in recipes):
         raise UsageError("--target-bpw has no effect: none of the recipes has a pass that keeps to a budget (assign).")
     for name in artefacts:
         read_manifest(Path(name))
@@ -133,6 +118,28 @@ def plan(
         runs.append(Run(Path(name).resolve().name, name, reading))
     _refuse_twice([(run.label, run.seed) for run in runs])
     return runs
+
+
+def _runs_of_recipe(
+    name: str, model: str, reading: Reading, seeds: Sequence[int], budgets: Sequence[float]
+) -> Iterator[Run]:
+    """A run for each budget that the recipe has a use for, and for each seed where it calibrates."""
+    recipe = load_recipe(name)
+    for budget in budgets if budgets and _keeps_to_a_budget(recipe) else (None,):
+        chosen = load_recipe(recipe, budget)
+        label = recipe.name if budget is None else f"{recipe.name} at {budget:g} bits"
+        if not any(step.calibrates for step in chosen.build(available_passes())):
+            yield Run(label, model, reading, chosen)
+            continue
+        if reading.calibration is None:
+            raise UsageError(f"Recipe {recipe.name} needs text to calibrate on; give some with --calibration FILE.")
+        for seed in seeds:
+            drawn = chosen.calibration.model_copy(update={"seed": seed})
+            yield Run(label, model, reading, chosen.model_copy(update={"calibration": drawn}), True, seed)
+
+
+def _keeps_to_a_budget(recipe: Recipe) -> bool:
+    return any(step.budget for step in recipe.build(available_passes()))
 
 
 def measure(run: Run) -> Outcome:

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 
 from hikui.lowering.engine.streaming import sees_text
 from hikui.lowering.ir import dialect
-from hikui.lowering.ir.interpreter import block_segments, empty_cache
+from hikui.lowering.ir.interpreter import empty_cache
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, WEIGHT, Program, evaluate
+from hikui.passes.graph import block_segments
 
 _hikui = torch.ops.hikui
 

@@ -10,9 +10,9 @@ import pytest
 import hikui
 from hikui.backends.kernels.fields import SEGMENTS
 from hikui.backends.kernels.isa import ISAS
+from hikui.lowering.app.assemble import Prepared
 from hikui.lowering.app.cli import run
 from hikui.lowering.app.cli.evaluating import _show
-from hikui.lowering.app.lower import Prepared
 from hikui.lowering.artefact.generate import generate
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact
 from hikui.lowering.artefact.target import TARGETS

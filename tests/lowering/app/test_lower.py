@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 import hikui
-from hikui.lowering.app.assemble import require_room
-from hikui.lowering.app.lower import Prepared, build, lower, make_artefact, prepare, resume_folder
+from hikui.lowering.app.assemble import Prepared, require_room
+from hikui.lowering.app.lower import build, lower, make_artefact, prepare, resume_folder
 from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact

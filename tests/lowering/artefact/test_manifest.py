@@ -109,7 +109,7 @@ def test_a_folder_without_a_manifest_and_damaged_ones(artefact: Artefact, tmp_pa
     with pytest.raises(HikuiError, match="is damaged: it is not JSON"):
         Artefact.load(artefact.directory)
     path.write_text(whole)
-    edit(artefact, lambda content: content["sizes"].pop("true_bpw"))
+    edit(artefact, lambda content: content["sizes"].__delitem__("true_bpw"))
     with pytest.raises(HikuiError, match=r"is damaged at 'sizes\.true_bpw'"):
         Artefact.load(artefact.directory)
 

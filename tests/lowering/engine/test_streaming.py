@@ -92,10 +92,16 @@ def test_threads_files_and_a_new_start_change_no_bit(tmp_path: Path) -> None:
 def test_packed_sites_can_stand_for_the_floats_they_came_from() -> None:
     program = lower(canonical("llama"), "calibrate,rtn{format=mixed-g32-c32}", calibration(canonical("llama")))
     assert all(FLOAT_WEIGHT in node.meta for node in sites(program))
-    floats, seen = interpreted(canonical("llama")), {}
+    floats = interpreted(canonical("llama"))
+    seen: dict[int, Tensor] = {}
     with Stream(program, texts(program), as_float=True) as stream:
         *_, last = sites(program)
-        stream.advance(None, {last: lambda number, args, result: seen.setdefault(number, result)})
+
+        def watch(number: int, args: tuple[object, ...], result: object) -> None:
+            assert isinstance(result, Tensor)
+            seen[number] = result
+
+        stream.advance(None, {last: watch})
     (name,) = (node.name for node in sites(canonical("llama"))[-1:])
     for number, logits in seen.items():
         assert torch.allclose(logits, floats[number, f"{name}()"], rtol=1e-4, atol=1e-5)

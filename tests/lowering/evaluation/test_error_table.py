@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.app.lower import Prepared
+from hikui.lowering.app.assemble import Prepared
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.evaluation.error_table import ErrorTable, SiteError, error_table, is_float
@@ -82,14 +82,18 @@ def effective(program: Program, site: str, k: int) -> Tensor:
     args = [held.get(arg, arg) for arg in node.args]
     eye = torch.eye(k)
     if node.target is hikui.linear.default:
-        return hikui.linear(eye, args[1], args[2], None, *args[4:]).double().t()
+        whole: Tensor = hikui.linear(eye, args[1], args[2], None, *args[4:])
+        return whole.double().t()
     if node.target is hikui.linear_a8.default:
-        return hikui.linear(eye, args[3], args[4], None, *args[6:]).double().t()
+        packed: Tensor = hikui.linear(eye, args[3], args[4], None, *args[6:])
+        return packed.double().t()
     assert node.target is hikui.linear_a8_branch.default
-    plain = hikui.linear(eye, args[3], args[4], None, *args[9:]).double().t()
+    plain: Tensor = hikui.linear(eye, args[3], args[4], None, *args[9:])
+    plain = plain.double().t()
     rank = args[8].shape[1]
     down = hikui.linear(eye, args[7], None, None, "float16", rank)
-    return plain + hikui.linear(down, args[8], None, None, "float16", plain.shape[0]).double().t()
+    branch: Tensor = hikui.linear(down, args[8], None, None, "float16", plain.shape[0])
+    return plain + branch.double().t()
 
 
 def matrix(program: Program, site: str) -> Tensor:

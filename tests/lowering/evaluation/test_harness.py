@@ -37,7 +37,8 @@ def log_probabilities(tiny: Path) -> Callable[[list[int]], torch.Tensor]:
 
     def call(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
-            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            logits: torch.Tensor = model(torch.tensor([ids])).logits
+            return logits[0].double().log_softmax(-1)
 
     return call
 
@@ -172,7 +173,7 @@ def test_a_model_without_bos_says_what_stands_before(runnable: RunnableModel) ->
     assert first == 2
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"context": f"The {animal} went to the", "choices": [place, "moon!", "sky"], "label": label, "id": label}
     for animal, place, label in (
         ("fox", "den", 0),

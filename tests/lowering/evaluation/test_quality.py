@@ -6,7 +6,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from hikui.lowering.app.lower import Prepared
+from hikui.lowering.app.assemble import Prepared
 from hikui.lowering.app.request import REFERENCE_MODEL, Request
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact.text import SEPARATOR, TextCodec, read_documents, read_text

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from hikui.lowering.app.lower import Prepared, prepare
+from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.lower import prepare
 from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.artefact import report
 from hikui.lowering.formats import Format

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hikui.lowering.app.lower import available_passes
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.errors import UsageError
 from hikui.lowering.pipeline import recipe
 

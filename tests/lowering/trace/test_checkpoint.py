@@ -211,7 +211,7 @@ def test_malformed_header_entries(tmp_path: Path, entry: object, words: str) -> 
 
 
 def test_missing_tensor(checkpoint: Path) -> None:
-    rewrite(checkpoint, lambda tensors: tensors.pop(QUERY))
+    rewrite(checkpoint, lambda tensors: tensors.__delitem__(QUERY))
     assert f"has no tensor for '{QUERY}'" in refusal(checkpoint)
 
 

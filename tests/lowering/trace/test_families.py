@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.printer import to_text
-from hikui.lowering.ir.program import BLOCK, WEIGHT, CacheShape, Program
+from hikui.lowering.ir.program import BLOCK, WEIGHT, Program
 from hikui.lowering.ir.verifier import verify
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT, TINY_VOCABULARY, tiny_checkpoint, tiny_model
@@ -162,7 +163,7 @@ def test_constants_of_the_code_become_weights() -> None:
     class Scaled(torch.nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             literal = torch.tensor([0.5, 2.0] * 24) * torch.arange(48)
-            return super().forward(x * literal + self.shift)
+            return super().forward(x * literal + self.get_buffer("shift"))
 
     model = tiny_model("llama")
     projection: Any = model.get_submodule("model.layers.1.self_attn.o_proj")

@@ -113,7 +113,7 @@ def test_an_op_that_draws_random_numbers() -> None:
 def test_state_outside_the_caches() -> None:
     class Counting(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls.add_(1)
+            self.get_buffer("calls").add_(1)
             return super().forward(*args, **kwargs)
 
     model: Any = tiny_model("llama")

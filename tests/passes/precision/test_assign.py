@@ -105,7 +105,7 @@ def assigned(options: str, before: str = "") -> Program:
 
 
 def loss(program: Program) -> float:
-    return sum(node.meta[SENSITIVITY][node.meta[FORMAT]] for node in sites(program))
+    return sum(float(node.meta[SENSITIVITY][node.meta[FORMAT]]) for node in sites(program))
 
 
 @pytest.mark.parametrize("mode", ["optimal", "random,seed=3"])

@@ -36,7 +36,7 @@ def scalar(values: list[float], scale: float, levels: list[int], search: HalfQua
         return [min(levels, key=lambda level: abs(value - s * level)) for value in values]
 
     def cost(s: float, codes: list[int]) -> float:
-        return sum(abs(value - s * code) ** search.p for value, code in zip(values, codes, strict=True))
+        return sum(float(abs(value - s * code) ** search.p) for value, code in zip(values, codes, strict=True))
 
     unit = abs(scale) * (levels[-1] - levels[0]) / (len(levels) - 1)
     codes, beta = nearest(scale), search.beta

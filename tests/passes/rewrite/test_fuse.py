@@ -272,7 +272,7 @@ def test_attention_near_misses_say_why() -> None:
 
     def twice(work: Program) -> None:
         node = calls(work, hikui.cache_update.default)[0]
-        first, *caches = work.output_node.args[0]
+        first, *caches = work.outputs()
         with work.graph.inserting_before(work.output_node):
             extra = work.graph.call_function(aten.mul.Tensor, (node, 2.0))
         work.output_node.args = ((first, extra, *caches[1:]),)

@@ -9,9 +9,10 @@ from torch import Tensor, fx
 
 from hikui.lowering import formats
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.printer import to_text
-from hikui.lowering.ir.program import CacheShape, Program
+from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.verifier import verify
 from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.models.synthetic import FAMILIES
@@ -166,12 +167,10 @@ def test_large_columns_of_keys_cost_little_when_they_are_known() -> None:
         shift[5::12] = 6.0 if role == "k_proj" else 0.0
         weight, bias = node.args[1:]
         assert isinstance(weight, fx.Node) and isinstance(bias, fx.Node)
-        for operand, change in (
-            (weight, lambda w, by=factor: w * by[:, None]),
-            (bias, lambda b, by=factor, to=shift: b * by + to),
-        ):
-            key = program.weight_of(operand)
-            node.replace_input_with(operand, program.add_weight(f"{key}.skewed", change(program.store.load(key))))
+        stored = {operand: program.store.load(program.weight_of(operand)) for operand in (weight, bias)}
+        skewed = {weight: stored[weight] * factor[:, None], bias: stored[bias] * factor + shift}
+        for operand, tensor in skewed.items():
+            node.replace_input_with(operand, program.add_weight(f"{program.weight_of(operand)}.skewed", tensor))
     program.recompile()
     torch.testing.assert_close(logits(program), logits(canonical("opt")), rtol=1e-4, atol=1e-4)
     data = calibration(program)
