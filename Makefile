@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # Processes that tests run in; each takes up to 2 GB.
 JOBS ?= 2
+PYTEST_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -25,7 +26,7 @@ demo: sysroot
 	$(BIN)/python examples/demo.py
 
 test: sysroot
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_OPTIONS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.skips import OPTION, Account
+
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(OPTION, action="store_true", help="fail where a test is skipped for no reason that holds here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Account(), "account-of-skips")
 
 
 @pytest.fixture(scope="session")
