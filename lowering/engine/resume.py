@@ -134,6 +134,12 @@ def code_version() -> str:
     root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256(torch.__version__.encode())
     for folder in ("lowering", "passes"):
-        for path in sorted((root / folder).rglob("*.py")):
+        sources = sorted((root / folder).rglob("*.py"))
+        if not sources:
+            raise HikuiError(
+                f"{root / folder} holds no sources, so finished work cannot be told from another version's; install "
+                "hikui anew, or run with --no-resume."
+            )
+        for path in sources:
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
