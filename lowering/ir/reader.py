@@ -18,12 +18,12 @@ from torch.fx.experimental import _config as symbolic_config
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.errors import HikuiError, UsageError, VerificationError, did_you_mean
 from hikui.lowering.ir.printer import info_text, type_text
 from hikui.lowering.ir.program import WEIGHT, Program, infer
 from hikui.lowering.ir.seeded import seeded_sources
 from hikui.lowering.ir.store import FileTensor, TensorInfo, TensorSource, WeightStore
-from hikui.lowering.ir.text_cursor import Cursor, nearest
+from hikui.lowering.ir.text_cursor import Cursor
 from hikui.lowering.ir.text_statements import Header, read_annotations, read_header, read_info, read_stored
 from hikui.lowering.ir.text_targets import target_of
 from hikui.lowering.ir.verifier import verify
@@ -247,7 +247,7 @@ class _Reader:
     def _node_of(self, cursor: Cursor) -> Any:
         def node(name: str) -> fx.Node:
             if name not in self._nodes:
-                raise cursor.fail(f"%{name} is not defined before this line.{nearest(name, self._nodes)}")
+                raise cursor.fail(f"%{name} is not defined before this line.{did_you_mean(name, self._nodes)}")
             return self._nodes[name][0]
 
         return node
@@ -297,7 +297,7 @@ def _filled(
             sources[key] = made[key]
         else:
             raise HikuiError(
-                str(cursor.fail(f"the weights given have no '{key}'.{nearest(key, store.keys())}"))
+                str(cursor.fail(f"the weights given have no '{key}'.{did_you_mean(key, store.keys())}"))
                 + " Give the file that --save-weights wrote beside this text, or a seed to make what is missing."
             )
     return WeightStore(sources, store.scratch)

@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
-from hikui.lowering.errors import UsageError
+from hikui.lowering.errors import UsageError, did_you_mean
 from hikui.lowering.ir.text_tables import OBJECTS, WORDS
 
 T = TypeVar("T")
@@ -21,12 +20,6 @@ _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _NODE = re.compile(r"%\w+")
 _DIGITS = 20
 """No number of a program has more: 64 bits take 19."""
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that asks for the known name most like this one; empty where none is like it."""
-    near = get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 class Cursor:
@@ -170,7 +163,7 @@ class Cursor:
         known = {**WORDS, **OBJECTS}
         if name not in known:
             raise self.fail(
-                f"'{name}' is no argument; nodes begin with %, texts stand in quotes.{nearest(name, known)}"
+                f"'{name}' is no argument; nodes begin with %, texts stand in quotes.{did_you_mean(name, known)}"
             )
         return known[name]
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from hikui.lowering.errors import UsageError
+from hikui.lowering.errors import UsageError, did_you_mean
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.cache_shape import CACHE_FORMATS, FLOAT_CACHE, CacheShape
 from hikui.lowering.ir.printer import BARE
 from hikui.lowering.ir.program import CORRECTION, ModelConfig
 from hikui.lowering.ir.store import TensorInfo
-from hikui.lowering.ir.text_cursor import Cursor, nearest
+from hikui.lowering.ir.text_cursor import Cursor
 from hikui.lowering.ir.text_tables import ANNOTATIONS, DTYPES
 
 _LAYERS = 1 << 14
@@ -137,7 +137,7 @@ def read_annotations(cursor: Cursor) -> dict[str, Any]:
     while not cursor.at_end():
         name = cursor.form(r"\w+(?==)", "an annotation such as block=0")
         if name not in ANNOTATIONS:
-            raise cursor.fail(f"no annotation is called '{name}'.{nearest(name, ANNOTATIONS)}")
+            raise cursor.fail(f"no annotation is called '{name}'.{did_you_mean(name, ANNOTATIONS)}")
         key, kind = ANNOTATIONS[name]
         if key in meta:
             raise cursor.fail(f"'{name}' is given twice.")

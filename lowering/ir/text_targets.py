@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
+from hikui.lowering.errors import did_you_mean
 from hikui.lowering.ir.dialect import NAMESPACE
-from hikui.lowering.ir.text_cursor import Cursor, nearest
+from hikui.lowering.ir.text_cursor import Cursor
 from hikui.lowering.ir.text_tables import FUNCTIONS
 
 _NAMESPACES = ("aten", NAMESPACE)
@@ -36,7 +37,7 @@ def target_of(cursor: Cursor, name: str) -> Callable[..., Any]:
     if op and space not in _NAMESPACES:
         raise cursor.fail(f"'{name}' is of no namespace that a text may name; those are {' and '.join(_NAMESPACES)}.")
     if name not in _ops():
-        raise cursor.fail(f"no op is called '{name}'.{nearest(name, _known(space))}")
+        raise cursor.fail(f"no op is called '{name}'.{did_you_mean(name, _known(space))}")
     packet, _, overload = op.partition(".")
     target = getattr(getattr(getattr(torch.ops, space), packet), overload or "default")
     assert isinstance(target, OpOverload), f"{name} is registered"
