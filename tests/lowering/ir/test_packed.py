@@ -284,6 +284,26 @@ def test_the_matrix_is_the_one_that_is_multiplied_with(
     assert torch.equal(found.packed.dense(found.program.store), torch.cat(parts))
 
 
+def test_no_more_blocks_are_unpacked_than_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCKS", 2)
+    unpacked: list[tuple[Format, tuple[int, ...], int]] = []
+
+    def recorded(fmt: Format, weight: Tensor, scale: Tensor | None, n: int, k: int) -> Tensor:
+        unpacked.append((fmt, tuple(weight.shape), n))
+        assert scale is None or scale.shape[0] == weight.shape[0]
+        return formats.unpack(fmt, weight, scale, n, k)
+
+    monkeypatch.setattr(module, "unpack", recorded)
+    found = case(BRANCH)
+    list(found.packed.dense_rows(found.program.store))
+    int4, half = Format("int4", 32), Format("float16")
+    a = (half, (1, K, 16), RANK)
+    assert unpacked == [
+        (int4, (2, 16, 16, 4), 32), (half, (2, RANK, 16), 32), a,
+        (int4, (1, 16, 16, 4), 5), (half, (1, RANK, 16), 5), a,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("op", PACKED_OPS)
 def test_float_rows_have_the_columns_of_the_packed_ones(
