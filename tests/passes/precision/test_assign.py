@@ -66,23 +66,24 @@ def test_a_budget_that_nothing_fits_is_refused() -> None:
         solve(choices_of([[2, 3], [2, 4]], [[1.0, 0.0], [1.0, 0.0]]), 3)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [1, 8, 9])
 def test_many_groups_against_dynamic_programming(seed: int) -> None:
-    """To within 10⁻⁹ of the least cost, where a solver that may stop early would leave 10⁻⁴."""
+    """Costs follow the bytes but for a thousandth: a solver that stops at its usual gap of 10⁻⁴ misses the best."""
     generator = np.random.default_rng(seed)
-    nbytes = generator.integers(1, 40, (60, 4))
-    costs = 1 + generator.random((60, 4)) / nbytes
-    budget = int(nbytes.min(1).sum() + 0.3 * (nbytes.max(1) - nbytes.min(1)).sum())
-    least = np.full(budget + 1, np.inf)
-    least[0] = 0.0
+    nbytes = generator.integers(200, 400, (40, 1)) * np.array([[2, 3, 4, 8]]) // 2 + generator.integers(0, 20, (40, 4))
+    costs = (3200 - nbytes) * (1 + 1e-3 * generator.random((40, 4)))
+    low, high = nbytes.min(1).sum(), nbytes.max(1).sum()
+    budget = int(low + 0.4 * (high - low))
+    least = np.zeros(budget + 1)
     for sizes_, losses in zip(nbytes, costs, strict=True):
         after = np.full(budget + 1, np.inf)
         for size, loss_ in zip(sizes_, losses, strict=True):
             after[size:] = np.minimum(after[size:], least[: budget + 1 - size] + loss_)
         least = after
     picks = solve(choices_of(nbytes.tolist(), costs.tolist()), budget)
-    assert nbytes[range(60), picks].sum() <= budget
-    assert costs[range(60), picks].sum() <= least.min() * (1 + 1e-9)
+    assert nbytes[range(40), picks].sum() <= budget
+    # Costs enter the solver in units of the largest loss, with its tolerance of 10⁻⁶ for each of them.
+    assert costs[range(40), picks].sum() <= least[budget] + 40 * 1e-6 * float(np.ptp(costs, axis=1).max())
 
 
 def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
