@@ -21,7 +21,7 @@ def tied(*weights: Tensor, mean_square: Tensor) -> Program:
     names = [f"{name}__weight" for name, _ in zip("abcd", weights, strict=False)]
 
     def body(x: Tensor, **held: Tensor) -> Tensor:
-        return sum((F.linear(x, held[name]) for name in names), torch.zeros(1))  # type: ignore[return-value]
+        return sum((F.linear(x, held[name])[..., :N] for name in names), torch.zeros(1))  # type: ignore[return-value]
 
     held = dict(zip(names, weights, strict=True))
     program = lower(program_of(body, embedding=random(N, K), **held), "canonicalise").clone()
@@ -42,13 +42,14 @@ def counted(*weights: Tensor, mean_square: Tensor, columns: int) -> list[int]:
 
 @pytest.mark.parametrize("fmt", [FMT, WIDER])
 def test_the_order_is_the_one_that_is_counted(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights = [random(N, K, seed=1) * 5, random(N, K, seed=2) * torch.linspace(0, 9, K)]
+    weights = [random(3 * N, K, seed=1) * 3, random(N, K, seed=2) * torch.linspace(0, 9, K)]
     mean_square = random(K, seed=3).square()
     program = tied(*weights, mean_square=mean_square)
     want = counted(*weights, mean_square=mean_square, columns=fmt.columns or 0)
     order = mixed_order(program, float_sites(program), fmt)
     assert order.dtype == torch.int32 and order.tolist() == want
     assert want != counted(weights[0], mean_square=mean_square, columns=fmt.columns or 0), "both sites count"
+    # In parts, of which the two have unlike numbers, each row counts once as before.
     monkeypatch.setattr("hikui.passes.matrices.PART", 16 * K)
     assert torch.equal(mixed_order(program, float_sites(program), fmt), order)
 
