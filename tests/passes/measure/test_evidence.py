@@ -143,3 +143,18 @@ def test_stored_statistics_may_be_used_up() -> None:
         assert gram.dtype == torch.float64 and torch.equal(gram, before.double())
         changed(gram)
     assert torch.equal(program.store.load(node.meta[STATISTICS]["gram"]), before)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_small_values_are_not_lost_beside_large_ones(at_once: bool) -> None:
+    """2²⁴ + 5·1 over six tokens: in float32 the ones would vanish one by one."""
+    x = torch.tensor([2.0**24, 1, 1, 1, 1, 1])[:, None].expand(6, 2).clone()
+    x[:, 1] = x[:, 1].sqrt()
+    with Workers(1) as workers:
+        sums = Sums(2, {"mean_abs", "mean_square"}, workers)
+        for part in [x] if at_once else x.split(1):
+            sums.add(part)
+        found = sums.evidence()
+    assert found.mean_abs is not None and found.mean_square is not None
+    want = torch.tensor((2**24 + 5) / 6)
+    assert float(found.mean_abs[0]) == float(found.mean_square[1]) == float(want)
