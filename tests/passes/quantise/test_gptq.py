@@ -225,3 +225,12 @@ def test_weighted_scales_are_chosen_by_the_mean_squares(act_order: bool) -> None
         want = round_matrix(weight[:, :32], Format("int4"), "mse", importance[:32]).scale
     assert torch.equal(got.scale[:, seen], want)
     assert not torch.equal(got.scale[:, seen], plain.scale[:, seen])
+
+
+def test_a_group_as_wide_as_a_block_is_met_when_its_turn_comes() -> None:
+    fmt, weight, gram = Format.parse("int4-g128"), random(7, 300, seed=8), covariance(300)
+    got = rounded(Gptq(format="int4-g128", act_order=False, damping=DAMPING), weight, gram, fmt)
+    assert_printed(got, weight, gram, fmt, act_order=False, clip="mse")
+    assert got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32
+    beforehand = round_matrix(weight, fmt).scale
+    assert torch.equal(got.scale[:, 0], beforehand[:, 0]) and not torch.equal(got.scale[:, 1], beforehand[:, 1])
