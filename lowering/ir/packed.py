@@ -6,6 +6,7 @@ Where an operand stands is read from the op's own schema (`dialect.py`), so that
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from types import NoneType
 from typing import Any, TypeGuard
 
 import torch
@@ -27,6 +28,14 @@ _BLOCKS = 128
 """Blocks of rows unpacked at a time: the head of a large vocabulary takes gigabytes in float32."""
 
 _FACTOR = Format("float16")
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "Tensor": (fx.Node,),
+    "Optional[Tensor]": (fx.Node, NoneType),
+    "str": (str,),
+    "int": (int,),
+}
+"""What may stand in a graph for the operands of a packed op, by their types in its schema."""
 
 
 @cache
@@ -80,13 +89,16 @@ class PackedLinear:
         if len(node.args) != len(names) or node.kwargs:
             raise VerificationError(f"Node {node.name} does not have the operands {', '.join(names)}, by position.")
         operands = dict(zip(names, node.args, strict=True))
+        for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+            operand, due = operands[argument.name], str(argument.type)
+            if not isinstance(operand, _KINDS[due]):
+                raise VerificationError(f"Node {node.name} takes {operand!r} as its {argument.name}; {due} is due.")
         try:
             fmt = Format.parse(str(operands["format"]))
         except UsageError as error:
             raise VerificationError(f"Node {node.name}: {error}") from error
         weight, rows = operands["weight"], operands["out_features"]
-        if not isinstance(weight, fx.Node) or not isinstance(rows, int):
-            raise VerificationError(f"Node {node.name} does not take its weight as a node and its size as a number.")
+        assert isinstance(weight, fx.Node) and isinstance(rows, int), "as the schema has them"
         scale, bias, a, b = (_node_or_none(operands.get(name)) for name in ("scale", "bias", "a", "b"))
         branch = None if a is None or b is None else (a, b)
         return PackedLinear(node, operands, weight, scale, bias, branch, fmt, rows)
@@ -200,8 +212,12 @@ def verify_packed(node: fx.Node) -> None:
     """
     packed = PackedLinear.of(node)
     fmt, n, k = packed.format, packed.rows, packed.columns
+    try:
+        weight_shape = fmt.weight_shape(n, k)
+    except UsageError as error:
+        raise VerificationError(f"Node {node.name}: {error}") from error
     due: list[tuple[str, object, tuple[int, ...] | None, torch.dtype]] = [
-        ("weight", packed.weight, fmt.weight_shape(n, k), fmt.weight_dtype),
+        ("weight", packed.weight, weight_shape, fmt.weight_dtype),
         ("scale", packed.operands["scale"], fmt.scale_shape(n, k), torch.float16),
     ]
     if packed.bias is not None:

@@ -121,3 +121,18 @@ def test_tensors_and_bytes() -> None:
         assert cache_format(dtype) == fmt
     with pytest.raises(ValueError, match=r"no quantised cache holds torch\.int32"):
         cache_format(torch.int32)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_codes_are_clipped_where_the_scale_of_a_tiny_row_is_rounded_down(sign: float) -> None:
+    """The smallest half is 2⁻²⁴: a row whose scale would be 1.4 of it gets it, and its largest element 1.4 too much."""
+    step = 2.0**-24
+    x = torch.tensor([1.4 * 127, -1.4 * 127, 100.0, -3.0]) * step * sign
+    codes, scale = quantize_cache(x, "int8")
+    assert float(scale) == step
+    assert codes.tolist() == [int(sign) * 127, int(sign) * -127, int(sign) * 100, int(sign) * -3]
+    x = torch.tensor([1.4 * 8, -1.3 * 8, 5.0, -3.0]) * step * sign
+    codes, scale = quantize_cache(x, "int4")
+    assert float(scale) == -step * sign, "the largest element lies at −8"
+    want = torch.tensor([-8.0, 7.0, -5.0, 3.0]) * (-step * sign)
+    assert torch.equal(dequantize_cache(codes, scale), want)

@@ -253,3 +253,129 @@ def test_a_static_step_clips_what_is_beyond_it() -> None:
 def test_a_static_step_of_zero_gives_zeros() -> None:
     q, scale, sums = formats.quantize_activation_static(torch.randn(2, 7), torch.zeros(1))
     assert not q.any() and not scale.any() and not sums.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("fmt", [Format("int3", 32), Format("nf4", 32), Format("fp4", 32), Format("int8", 32)], ids=str)
+def test_codes_may_be_of_any_integer_dtype(fmt: Format, dtype: torch.dtype) -> None:
+    codes = draw_codes(fmt, 19, 70, torch.Generator().manual_seed(4))
+    packed = formats.pack(fmt, codes.to(dtype), torch.ones(19, 3))
+    assert torch.equal(formats.unpack_codes(fmt, packed.weight, 19, 70).long(), codes)
+
+
+def test_what_is_stored_has_the_dtype_of_its_format() -> None:
+    weight = torch.randn((5, 7), generator=torch.Generator().manual_seed(5))
+    for name, dtype in (("float16", torch.float16), ("float32", torch.float32)):
+        packed = formats.pack(Format(name), weight).weight
+        assert packed.dtype == dtype
+        assert torch.equal(formats.unpack(Format(name), packed, None, 5, 7), weight.to(dtype).float())
+    assert formats.pack(Format("float32"), weight.half()).weight.dtype == torch.float32
+    scale = torch.tensor([[1 / 3]])
+    packed_scale = formats.pack(Format("int8"), torch.ones(1, 4, dtype=torch.int8), scale).scale
+    assert packed_scale is not None and packed_scale.dtype == torch.float16
+    assert packed_scale[0, 0, 0] == scale.half()
+
+
+@pytest.mark.parametrize("scale", [None, torch.ones(5, 3), torch.ones(4, 2), torch.ones(10)])
+def test_integer_formats_need_a_scale_for_each_row_and_group(scale: Tensor | None) -> None:
+    sentence = r"^int4-g32 of a 5×40 matrix takes scales of shape \(5, 2\)$"
+    with pytest.raises(ValueError, match=sentence):
+        formats.pack(Format("int4", 32), torch.zeros(5, 40, dtype=torch.int8), scale)
+
+
+def test_sizes_of_a_float_format() -> None:
+    for name, width in (("float16", 2), ("float32", 4)):
+        fmt = Format(name)
+        assert fmt.padded_k(70) == 70
+        assert fmt.weight_shape(21, 70) == (2, 70, 16)
+        assert fmt.scale_shape(21, 70) is None
+        assert fmt.nbytes(21, 70) == 2 * 70 * 16 * width
+        assert fmt.notes(32, 70) == []
+
+
+def test_a_group_wider_than_the_matrix_is_its_channel() -> None:
+    """Padded to whole sums of 32 columns, not to the group."""
+    for group, k, size in ((128, 40, 64), (128, 96, 96), (64, 64, 64), (64, 65, 64), (None, 40, 64)):
+        fmt = Format("int4", group)
+        assert fmt.group_size(k) == size
+        assert fmt.padded_k(k) == -(-k // size) * size
+    assert Format("mixed", 64, 64).group_size(64) == 64
+
+
+def test_a_mixed_matrix_may_be_int4_throughout() -> None:
+    fmt = Format("mixed", 32, 96)
+    assert fmt.segments(96) == ((Format("int4", 32), 0, 96),)
+    assert fmt.segments(97) == ((Format("int4", 32), 0, 96), (Format("sign", 32), 96, 97))
+
+
+def test_notes_say_what_is_padded() -> None:
+    assert Format("int4", 64).notes(21, 64) == ["N=21 is padded to 32 rows"]
+    assert Format("float32").notes(33, 5) == ["N=33 is padded to 48 rows"]
+    assert Format("int4", 64).notes(17, 70) == [
+        "K=70 is padded to 128 to fill the last group of 64", "N=17 is padded to 32 rows",
+    ]  # fmt: skip
+
+
+KNOWN = "sign, int2, ternary, int3, int4, nf4, fp4, int8, mixed, float16, float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("int5",), f"Format 'int5' is not known; the formats are {KNOWN}."),
+        (("int4", 48), "Format 'int4' cannot have a group of 48; integer formats take 32, 64, 128 or channel, float "
+         "formats take none."),
+        (("float16", 64), "Format 'float16' cannot have a group of 64; integer formats take 32, 64, 128 or channel, "
+         "float formats take none."),
+        (("mixed", 48, 48), "Format 'mixed' cannot have a group of 48; it takes 32, 64, 128."),
+        (("mixed", None, 64), "Format 'mixed' cannot have a group of None; it takes 32, 64, 128."),
+        (("mixed", 64, -64), "Format 'mixed' cannot have -64 int4 columns; it takes a multiple of its group 64, at "
+         "least one."),
+        (("mixed", 64), "Format 'mixed' cannot have None int4 columns; it takes a multiple of its group 64, at least "
+         "one."),
+        (("int4", 64, 64), "Format 'int4' stores all columns alike; only 'mixed' takes a number of them."),
+    ],
+)  # fmt: skip
+def test_the_sentences_of_what_is_no_format(arguments: tuple[str, int | None, int | None], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Format(*arguments)
+    assert str(caught.value) == sentence
+
+
+def test_the_sentence_of_a_text_that_is_no_format() -> None:
+    with pytest.raises(UsageError) as caught:
+        Format.parse("q4_k")
+    assert str(caught.value) == (
+        "Format 'q4_k' is not known; write for example int4-g64, int8-g128, int4-channel, sign-g128, ternary-g64, "
+        "nf4-g64, mixed-g128-c768, float16 or float32."
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_token_of_a_batch_has_a_scale_of_its_own(bits: int) -> None:
+    x = torch.randn((2, 3, 40), generator=torch.Generator().manual_seed(6)) * torch.tensor([1.0, 10.0, 0.1])[:, None]
+    q, scale, sums = formats.quantize_activation(x, bits)
+    assert (q.shape, scale.shape, sums.shape) == ((2, 3, 128), (2, 3), (2, 3, 4))
+    assert (q.dtype, scale.dtype, sums.dtype) == (torch.int8, torch.float32, torch.int32)
+    high = {8: 127, 4: 7}[bits]
+    torch.testing.assert_close(scale, x.abs().amax(-1) / high, rtol=2**-22, atol=0)
+    for batch in range(2):
+        for token in range(3):
+            alone = formats.quantize_activation(x[batch, token][None], bits)
+            assert all(torch.equal(a[batch, token], b[0]) for a, b in zip((q, scale, sums), alone, strict=True))
+
+
+def test_the_least_token_that_counts() -> None:
+    """A largest magnitude of 2⁻¹⁰⁰ counts as zero, the next float32 does not."""
+    least = torch.tensor([[2.0**-100, 0.0], [2.0**-100 * (1 + 2.0**-23), 0.0]])
+    q, _, _ = formats.quantize_activation(least)
+    assert q[:, 0].tolist() == [0, 127]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_the_sums_of_a_quantised_activation_are_int32(static: bool) -> None:
+    x = torch.full((1, 70), 3.0)
+    both = formats.quantize_activation_static(x, torch.tensor([0.5])) if static else formats.quantize_activation(x)
+    code = 6 if static else 127
+    assert both[0].dtype == torch.int8 and both[2].dtype == torch.int32
+    assert both[2].tolist() == [[32 * code, 32 * code, 6 * code, 0]]

@@ -54,6 +54,38 @@ def test_budget_is_met_to_the_byte() -> None:
     assert picks == [0, 1]
 
 
+def test_one_byte_too_many_forbids_no_more_than_these_picks_together() -> None:
+    """The solver's tolerance lets 3·10⁹ + 1 bytes through; all that may change is the first group's pick."""
+    sizes_ = [[10**9, 2 * 10**9 + 1], [10**9], [0]]
+    assert solve(choices_of(sizes_, [[1.0, 0.0], [0.0], [0.0]]), 3 * 10**9) == [0, 0, 0]
+    assert solve(choices_of(sizes_, [[1.0, 0.0], [0.0], [0.0]]), 3 * 10**9 + 1) == [1, 0, 0]
+
+
+def test_a_budget_that_nothing_fits_is_refused() -> None:
+    with pytest.raises(HikuiError, match=r"^The solver found no assignment within the budget: .*infeasible"):
+        solve(choices_of([[2, 3], [2, 4]], [[1.0, 0.0], [1.0, 0.0]]), 3)
+
+
+@pytest.mark.parametrize("seed", [1, 8, 9])
+def test_many_groups_against_dynamic_programming(seed: int) -> None:
+    """Costs follow the bytes but for a thousandth: a solver that stops at its usual gap of 10⁻⁴ misses the best."""
+    generator = np.random.default_rng(seed)
+    nbytes = generator.integers(200, 400, (40, 1)) * np.array([[2, 3, 4, 8]]) // 2 + generator.integers(0, 20, (40, 4))
+    costs = (3200 - nbytes) * (1 + 1e-3 * generator.random((40, 4)))
+    low, high = nbytes.min(1).sum(), nbytes.max(1).sum()
+    budget = int(low + 0.4 * (high - low))
+    least = np.zeros(budget + 1)
+    for sizes_, losses in zip(nbytes, costs, strict=True):
+        after = np.full(budget + 1, np.inf)
+        for size, loss_ in zip(sizes_, losses, strict=True):
+            after[size:] = np.minimum(after[size:], least[: budget + 1 - size] + loss_)
+        least = after
+    picks = solve(choices_of(nbytes.tolist(), costs.tolist()), budget)
+    assert nbytes[range(40), picks].sum() <= budget
+    # Costs enter the solver in units of the largest loss, with its tolerance of 10⁻⁶ for each of them.
+    assert costs[range(40), picks].sum() <= least[budget] + 40 * 1e-6 * float(np.ptp(costs, axis=1).max())
+
+
 def test_the_solver_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     generator = np.random.default_rng(0)
     choices = []
@@ -95,6 +127,11 @@ def test_random_spending_fits_and_is_used_up(seed: int, groups: int) -> None:
     for row, pick in zip(nbytes, picks, strict=True):
         if pick == 0 and row[1] > row[0]:
             assert row[1] - row[0] > left
+
+
+@pytest.mark.parametrize(("budget", "picks"), [(1, [0]), (2, [0]), (3, [1])])
+def test_random_spending_may_use_the_last_byte(budget: int, picks: list[int]) -> None:
+    assert spend_at_random(choices_of([[1, 3]], [[1.0, 0.0]]), budget, np.random.default_rng(0)) == picks
 
 
 def assigned(options: str, before: str = "") -> Program:

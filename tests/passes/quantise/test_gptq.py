@@ -208,3 +208,29 @@ def test_settled_and_refused() -> None:
         Gptq(damping=0)
     with pytest.raises(UsageError, match="gptq cannot round to 16 bits; it takes 1, 2, 3, 4, 8"):
         Gptq(bits=16)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_weighted_scales_are_chosen_by_the_mean_squares(act_order: bool) -> None:
+    """By those of the Gram matrix as it was measured, in the columns' own order; with act_order for every group."""
+    name, weight, gram = "int4-g32", random(19, 96, seed=7), covariance(96)
+    fmt, importance = Format.parse(name), gram.diagonal().float()
+    step = Gptq(format=name, act_order=act_order, weighted=True)
+    got, plain = rounded(step, weight, gram, fmt), rounded(Gptq(format=name, act_order=act_order), weight, gram, fmt)
+    seen = slice(None) if act_order else slice(0, 1)
+    if act_order:
+        want = round_matrix(weight, fmt, "mse", importance).scale
+    else:
+        # Only the first group is met before anything is lost.
+        want = round_matrix(weight[:, :32], Format("int4"), "mse", importance[:32]).scale
+    assert torch.equal(got.scale[:, seen], want)
+    assert not torch.equal(got.scale[:, seen], plain.scale[:, seen])
+
+
+def test_a_group_as_wide_as_a_block_is_met_when_its_turn_comes() -> None:
+    fmt, weight, gram = Format.parse("int4-g128"), random(7, 300, seed=8), covariance(300)
+    got = rounded(Gptq(format="int4-g128", act_order=False, damping=DAMPING), weight, gram, fmt)
+    assert_printed(got, weight, gram, fmt, act_order=False, clip="mse")
+    assert got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32
+    beforehand = round_matrix(weight, fmt).scale
+    assert torch.equal(got.scale[:, 0], beforehand[:, 0]) and not torch.equal(got.scale[:, 1], beforehand[:, 1])

@@ -125,6 +125,28 @@ def test_the_search_takes_the_lesser_error() -> None:
     assert searched < plain
 
 
+def test_the_search_takes_half_the_scale_where_the_small_weights_win() -> None:
+    """At X = 1 the weights of ¼ lose ¼ each, 31 of them 31/16 in squares; at X = ½ they are exact, and 4 loses 1.
+
+    At X = 2 they lose as much as at X = 1. With 16 of them all three lose 1, and X is taken.
+    """
+    quarters = torch.tensor([31, 17, 16, 15])
+    weight = torch.where(torch.arange(31) < quarters[:, None], 0.25, 0.0)
+    weight = torch.cat((torch.full((4, 1), -4.0), weight), 1)
+    rounded = assert_as_reference(weight, search=True)
+    assert rounded.scale.flatten().tolist() == [0.25, 0.25, 0.5, 0.5]
+    assert rounded.codes[0].tolist() == [-12] + [1] * 31
+    assert rounded.codes[2].tolist() == [-8] + [0] * 31
+    assert round_mxfp4(weight).scale.flatten().tolist() == [0.5] * 4
+
+
+def test_of_equal_errors_the_scale_of_the_specification_wins() -> None:
+    """4 and zeros are exact at X = 1 and X = 2; 7 loses 1 at both: it becomes 6, or 8."""
+    weight = torch.zeros(2, 32)
+    weight[:, 5] = torch.tensor([4.0, 7.0])
+    assert assert_as_reference(weight, search=True).scale.flatten().tolist() == [0.5, 0.5]
+
+
 @pytest.mark.parametrize("search", [False, True])
 def test_the_ends_of_float16(search: bool) -> None:
     tiny = random(3, 32, seed=2) * torch.tensor([2.0**-20, 2.0**-24, 2.0**-40])[:, None]

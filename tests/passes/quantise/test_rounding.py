@@ -137,3 +137,22 @@ def test_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPa
 def test_a_scale_beyond_float16_is_refused() -> None:
     with pytest.raises(OverflowError, match="beyond float16"):
         round_matrix(torch.full((2, 32), 1e9), Format.parse("int8-g32"))
+
+
+@pytest.mark.parametrize("kind", ["int2", "ternary", "int3", "int8", "fp4"])
+@pytest.mark.parametrize("clip", ["mse", "minmax"])
+def test_scales_of_symmetric_levels_are_never_below_zero(kind: str, clip: str) -> None:
+    weight = random(16, 64, seed=13)
+    rounded = round_matrix(weight, Format(kind, 32), clip)
+    assert bool((rounded.scale > 0).all())
+    turned = round_matrix(-weight, Format(kind, 32), clip)
+    assert torch.equal(turned.scale, rounded.scale), "which side the largest value lies on does not matter"
+
+
+def test_the_extreme_value_lies_where_int4_has_a_level_more() -> None:
+    """−8 times a step, or 8 times it with a scale below zero: both are exact."""
+    weight = torch.arange(-8.0, 8.0).repeat(2)[None] * 0.5
+    for sign in (1.0, -1.0):
+        rounded = round_matrix(sign * weight, Format("int4", 32))
+        assert rounded.scale.tolist() == [[0.5 * sign]]
+        assert torch.equal(dequantise(rounded, Format("int4", 32)), sign * weight)
