@@ -1,5 +1,7 @@
 """What is known of an activation: sums against float64, and who may use a Gram matrix up."""
 
+from typing import TypeVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,10 @@ K = 7
 EVERY = {"mean_square", "max_abs", "mean_abs", "gram"}
 
 
-def known(kind: type[Evidence] = Evidence) -> Evidence:
+Known = TypeVar("Known", bound=Evidence)
+
+
+def known(kind: type[Known]) -> Known:
     x = random(50, K)
     return kind(x.square().mean(0), x.abs().amax(0), x.abs().mean(0), x.double().t() @ x.double() / 50)
 
@@ -26,7 +31,7 @@ def changed(gram: Tensor) -> None:
 
 @pytest.mark.parametrize("order", [None, torch.tensor([3, 0, 6, 1, 5, 2, 4])])
 def test_what_others_read_is_never_changed(order: Tensor | None) -> None:
-    shared, before = known(), known().gram
+    shared, before = known(Evidence), known(Evidence).gram
     assert before is not None
     want = before if order is None else before[order][:, order]
     for _ in range(2):
@@ -44,7 +49,7 @@ def test_what_is_ones_own_is_given_away_once() -> None:
     with pytest.raises(AssertionError, match="not taken before"):
         own.take_gram()
     ordered, order = known(OwnEvidence), torch.arange(K).flip(0)
-    before = known().gram
+    before = known(Evidence).gram
     assert before is not None and torch.equal(ordered.take_gram(order), before.flip(0).flip(1))
     assert ordered.gram is None
     with pytest.raises(AssertionError, match="it was asked for"):
@@ -57,13 +62,13 @@ def test_what_one_shares_one_can_still_give_away() -> None:
     assert type(shared) is Evidence and shared.gram is gram
     assert all(getattr(shared, name) is getattr(own, name) for name in EVERY)
     changed(shared.take_gram())
-    assert torch.equal(own.take_gram(), known().gram)  # type: ignore[arg-type]
+    assert torch.equal(own.take_gram(), known(Evidence).gram)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [Evidence, OwnEvidence])
 def test_permuted_evidence_is_ones_own_and_has_every_column_in_its_place(kind: type[Evidence]) -> None:
     held, order = known(kind), torch.tensor([3, 0, 6, 1, 5, 2, 4])
-    out, was = held.permuted(order), known()
+    out, was = held.permuted(order), known(Evidence)
     assert isinstance(out, OwnEvidence)
     for name in ("mean_square", "max_abs", "mean_abs"):
         assert torch.equal(getattr(out, name), getattr(was, name)[order])

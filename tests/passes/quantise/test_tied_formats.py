@@ -34,7 +34,8 @@ def matrices(program: Program, out: Program, *, correcting: bool) -> dict[str, t
         correcting: take the matrices that `qep` asks for.
     """
     texts = calibration(program).chunks
-    counterparts, found = {node.meta[SITE]: node for node in sites(program)}, {}
+    counterparts = {node.meta[SITE]: node for node in sites(program)}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
     with Workers(1) as workers, Stream(program, texts, workers) as exact, Stream(out, texts, workers) as rounded:
         for tied in groups(sites(out)).values():
             names = [node.meta[SITE] for node in tied]
