@@ -41,6 +41,19 @@ static inline float hikui_nearest(float value) {
 """
 
 
+def lower_functions(functions: dict[str, Any], target: Any) -> Any:
+    """TIR functions, by symbol, as a module ready for the code generation of a target."""
+    passes = [
+        tirx.transform.BindTarget(target),
+        tirx.transform.FlattenBuffer(),
+        tirx.transform.UnrollLoop(),
+        tirx.transform.StmtSimplify(),
+        tirx.transform.RemoveNoOp(),
+        tirx.transform.LowerIntrin(),
+    ]
+    return tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
+
+
 def lower(isa: Isa) -> Any:
     """The kernels of one instruction set as a TIR module ready for code generation, and its target.
 
@@ -55,15 +68,7 @@ def lower(isa: Isa) -> Any:
         target = {"kind": "c"}
         functions = {symbol: scalarise(function) for symbol, function in functions.items()}
     target = tvm.target.Target(target)
-    passes = [
-        tirx.transform.BindTarget(target),
-        tirx.transform.FlattenBuffer(),
-        tirx.transform.UnrollLoop(),
-        tirx.transform.StmtSimplify(),
-        tirx.transform.RemoveNoOp(),
-        tirx.transform.LowerIntrin(),
-    ]
-    return tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions)), target
+    return lower_functions(functions, target), target
 
 
 def c_source(isa: Isa) -> str:

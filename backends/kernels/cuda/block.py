@@ -8,7 +8,12 @@ by one lane. Activations are read from global memory: within a block no two warp
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
 from tvm.script import tirx as T
+
+from hikui.backends.kernels.fields import Expression
 
 WARP = 32
 WARPS = 8
@@ -33,6 +38,51 @@ def add_over_lanes(values, count, first, stop):
             values[i] = values[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), values[i], 8, 32, 32)
         if first <= 16 and stop > 16:
             values[i] = values[i] + T.tvm_warp_shuffle_xor(T.uint32(ALL_LANES), values[i], 16, 32, 32)
+
+
+class Lane(NamedTuple):
+    """What a lane works on.
+
+    Attributes:
+        total: its sums, for each row of activations 4 neighbouring output rows.
+        row: the rows of activations.
+        quarter: which 4 of the block's 16 output rows.
+        place: which of neighbouring steps.
+        block: the block of output rows.
+    """
+
+    total: Any
+    row: Any
+    quarter: Expression
+    place: Expression
+    block: Expression
+
+
+@T.inline
+def start(total, row, per_row, rows, chunk, m_size):
+    """Takes the rows of a chunk, the last in place of those that are not there, and sets the sums to zero."""
+    for i in T.unroll(rows):
+        row[i] = T.min(chunk * rows + i, m_size - 1)
+    for i in T.unroll(rows * per_row):
+        total[i] = T.float32(0)
+
+
+Add = Callable[..., None]
+"""`add(lane, first_line, first_step, count, operands)`: adds the products of `count` steps from `first_step` on, whose
+weights start at line `first_line`; `operands` are the kernel's own."""
+
+
+@T.inline
+def add_segments(add: Sequence[Add], wide_lines: int, lane: Lane, lines: Any, steps: Any, operands: Any):
+    """Adds the products of all steps: of one segment or of two, the first of which takes `wide_lines` lines a step."""
+    first_line = T.cast(lane.block, "int64") * lines
+    if len(add) == 1:
+        add[0](lane, first_line, 0, steps, operands)
+    else:
+        # Every step takes a line at least; how many lines there are beyond that says how many steps are wide.
+        wide = (lines - steps) // (wide_lines - 1)
+        add[0](lane, first_line, 0, wide, operands)
+        add[1](lane, first_line + wide * wide_lines, wide, steps - wide, operands)
 
 
 @T.inline

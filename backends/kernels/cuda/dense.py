@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.cuda.block import THREADS, WARP, WARPS, finish
+from hikui.backends.kernels.cuda.block import THREADS, WARP, WARPS, finish, start
 
 _AHEAD = 4
 """Weights of 16 bytes that a lane asks for before it uses the first."""
@@ -56,10 +56,7 @@ def dense(kind: str, rows: int, name: str) -> Any:
         activation = T.alloc_buffer((1,), "float32", scope="local")
         column = T.alloc_buffer((_AHEAD,), "int32", scope="local")
         place = warp * (WARP // runs) + lane // runs
-        for i in T.unroll(rows):
-            row[i] = T.min(chunk * rows + i, m_size - 1)
-        for i in T.unroll(rows * wide):
-            total[i] = T.float32(0)
+        start(total, row, wide, rows, chunk, m_size)
         for turn in range((k_size + (places * _AHEAD - 1)) // (places * _AHEAD)):
             for u in T.unroll(_AHEAD):
                 # Beyond the end the last column is read again, and its activation taken as 0.

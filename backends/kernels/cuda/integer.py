@@ -2,17 +2,29 @@
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, finish
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, start
 from hikui.backends.kernels.cuda.words import signed, unpack
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
 
 # Steps whose weights a lane asks for before it uses the first, with one row of activations. More would ask for more
 # bytes at once, but 128 steps are 4096 columns: beyond that a turn is mostly idle.
 _AHEAD = {"sign": 2, "int2": 2, "ternary": 2, "int3": 2, "int4": 2, "nf4": 1, "fp4": 1, "int8": 1}
+
+
+class _Operands(NamedTuple):
+    """What the sums of an integer product are made of; see `integer`."""
+
+    q: Any
+    q_sums: Any
+    weight: Any
+    scale: Any
+    row_steps: Expression
+    groups: Expression
+    group_shift: Expression
 
 
 def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
@@ -20,24 +32,8 @@ def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
     words, lines = signed(kind), LINES[kind]
 
     @T.inline
-    def add(
-        total,
-        row,
-        quarter,
-        place,
-        block,
-        first_line,
-        first_step,
-        count,
-        q,
-        q_sums,
-        weight,
-        scale,
-        row_steps,
-        groups,
-        group_shift,
-    ):
-        """Adds the products of `count` steps from `first_step` on, whose weights start at line `first_line`."""
+    def add(lane, first_line, first_step, count, operands):
+        """As `block.Add` says."""
         step = T.alloc_buffer((ahead,), "int32", scope="local")
         packed = T.alloc_buffer((ahead * lines * 4,), "int32", scope="local")
         codes = T.alloc_buffer((QUADS * 4,), "int32", scope="local")
@@ -48,38 +44,61 @@ def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
         for turn in range((count + (PLACES * ahead - 1)) // (PLACES * ahead)):
             for u in T.unroll(ahead):
                 # Beyond the end the last step is read again, and its scale taken as 0.
-                step[u] = T.min((turn * ahead + u) * PLACES + place, count - 1)
+                step[u] = T.min((turn * ahead + u) * PLACES + lane.place, count - 1)
                 for line in T.unroll(lines):
-                    packed[T.ramp((u * lines + line) * 4, 1, 4)] = weight[
-                        (first_line + (step[u] * lines + line)) * 4 + quarter
+                    packed[T.ramp((u * lines + line) * 4, 1, 4)] = operands.weight[
+                        (first_line + (step[u] * lines + line)) * 4 + lane.quarter
                     ]
             for u in T.unroll(ahead):
                 unpack(words, codes, packed, u * lines * 4)
-                halves[T.ramp(0, 1, 4)] = scale[
-                    (T.cast(block, "int64") * groups + ((first_step + step[u]) >> group_shift)) * 4 + quarter
+                halves[T.ramp(0, 1, 4)] = operands.scale[
+                    (T.cast(lane.block, "int64") * operands.groups + ((first_step + step[u]) >> operands.group_shift))
+                    * 4
+                    + lane.quarter
                 ]
                 for r in T.unroll(4):
                     factor[r] = T.Select(
-                        (turn * ahead + u) * PLACES + place < count,
+                        (turn * ahead + u) * PLACES + lane.place < count,
                         T.cast(halves[r], "float32") * T.float32(unit),
                         T.float32(0),
                     )
                 for i in T.unroll(rows):
                     for f in T.unroll(QUADS // 4):
-                        activation[T.ramp(f * 4, 1, 4)] = q[
-                            T.cast(row[i], "int64") * (row_steps * 2) + ((first_step + step[u]) * 2 + f)
+                        activation[T.ramp(f * 4, 1, 4)] = operands.q[
+                            T.cast(lane.row[i], "int64") * (operands.row_steps * 2) + ((first_step + step[u]) * 2 + f)
                         ]
                     for r in T.unroll(4):
                         product[r] = 0
                         if words.offset != 0:
-                            product[r] = q_sums[row[i] * row_steps + first_step + step[u]] * T.int32(-words.offset)
+                            product[r] = operands.q_sums[
+                                lane.row[i] * operands.row_steps + first_step + step[u]
+                            ] * T.int32(-words.offset)
                         for f in T.unroll(QUADS):
                             product[r] = T.call_pure_extern(
                                 "int32", "__dp4a", codes[f * 4 + r], activation[f], product[r]
                             )
-                        total[i * 4 + r] = total[i * 4 + r] + factor[r] * T.cast(product[r], "float32")
+                        lane.total[i * 4 + r] = lane.total[i * 4 + r] + factor[r] * T.cast(product[r], "float32")
 
     return add
+
+
+@T.inline
+def _scale_and_branch(lane, rows, unit, halves, q_scale, b, t, rank):
+    """Brings the sums of a lane into the unit of its activations, times `unit`, and adds its share of the branch."""
+    for i in T.unroll(rows):
+        for r in T.unroll(4):
+            lane.total[i * 4 + r] = lane.total[i * 4 + r] * (q_scale[lane.row[i]] * T.float32(unit))
+    for turn in range((rank + (PLACES - 1)) // PLACES):
+        if turn * PLACES + lane.place < rank:
+            halves[T.ramp(0, 1, 4)] = b[
+                (T.cast(lane.block, "int64") * rank + (turn * PLACES + lane.place)) * 4 + lane.quarter
+            ]
+            for i in T.unroll(rows):
+                for r in T.unroll(4):
+                    lane.total[i * 4 + r] = (
+                        lane.total[i * 4 + r]
+                        + T.cast(halves[r], "float32") * (t[lane.row[i] * rank + turn * PLACES + lane.place])
+                    )
 
 
 def integer(kind: str, rows: int, name: str) -> Any:
@@ -98,11 +117,10 @@ def integer(kind: str, rows: int, name: str) -> Any:
     # The unit of the bytes' values goes into the sums of a lane once, or where two kinds meet into their scales.
     units = [signed(part).factor for part in SEGMENTS[kind]]
     common = units[0] if len(units) == 1 else 1.0
-    parts = [
+    add = [
         _add_steps(part, rows, _AHEAD[part] if rows == 1 else 1, unit / common)
         for part, unit in zip(SEGMENTS[kind], units, strict=True)
     ]
-    add, add_narrow = parts[0], parts[-1]
     wide_lines = LINES[SEGMENTS[kind][0]]
 
     @T.prim_func(s_tir=True)
@@ -147,40 +165,11 @@ def integer(kind: str, rows: int, name: str) -> Any:
         halves = T.alloc_buffer((4,), "float16", scope="local")
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
-        for i in T.unroll(rows):
-            row[i] = T.min(chunk * rows + i, m_size - 1)
-        for i in T.unroll(rows * 4):
-            total[i] = T.float32(0)
-        first_line = T.cast(block, "int64") * lines
-        # fmt: off
-        if len(parts) == 1:
-            add(
-                total, row, quarter, place, block, first_line, 0, steps,
-                q, q_sums, weight, scale, row_steps, groups, group_shift,
-            )
-        else:
-            # Every step takes a line at least; how many lines there are beyond that says how many steps are wide.
-            wide = (lines - steps) // (wide_lines - 1)
-            add(
-                total, row, quarter, place, block, first_line, 0, wide,
-                q, q_sums, weight, scale, row_steps, groups, group_shift,
-            )
-            add_narrow(
-                total, row, quarter, place, block, first_line + wide * wide_lines, wide, steps - wide,
-                q, q_sums, weight, scale, row_steps, groups, group_shift,
-            )
-        # fmt: on
-        for i in T.unroll(rows):
-            for r in T.unroll(4):
-                total[i * 4 + r] = total[i * 4 + r] * (q_scale[row[i]] * T.float32(common))
-        for turn in range((rank + (PLACES - 1)) // PLACES):
-            if turn * PLACES + place < rank:
-                halves[T.ramp(0, 1, 4)] = b[(T.cast(block, "int64") * rank + (turn * PLACES + place)) * 4 + quarter]
-                for i in T.unroll(rows):
-                    for r in T.unroll(4):
-                        total[i * 4 + r] = (
-                            total[i * 4 + r] + T.cast(halves[r], "float32") * (t[row[i] * rank + turn * PLACES + place])
-                        )
+        start(total, row, 4, rows, chunk, m_size)
+        operands = T.meta_var(_Operands(q, q_sums, weight, scale, row_steps, groups, group_shift))
+        here = T.meta_var(Lane(total, row, quarter, place, block))
+        add_segments(add, wide_lines, here, lines, steps, operands)
+        _scale_and_branch(here, rows, common, halves, q_scale, b, t, rank)
         finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
 
     return kernel

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 import tvm
-from tvm import tirx
 
+from hikui.backends.kernels.compile import lower_functions
 from hikui.backends.kernels.cuda.kernels import makers
 
 # Which architecture is named here does not change the text: nvcc is told the architectures.
@@ -20,13 +20,5 @@ def generate(symbols: Iterable[str] | None = None) -> str:
     table = makers()
     functions = {name: table[name](name) for name in (table if symbols is None else symbols)}
     target = tvm.target.Target(_TARGET)
-    passes = [
-        tirx.transform.BindTarget(target),
-        tirx.transform.FlattenBuffer(),
-        tirx.transform.UnrollLoop(),
-        tirx.transform.StmtSimplify(),
-        tirx.transform.RemoveNoOp(),
-        tirx.transform.LowerIntrin(),
-    ]
-    module = tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
+    module = lower_functions(functions, target)
     return str(tvm.get_global_func("target.build.cuda")(module, target).inspect_source())

@@ -2,16 +2,27 @@
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, finish
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, start
 from hikui.backends.kernels.cuda.words import unpack, unsigned
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
 
 # A byte u below these top bytes is the float 2²³ + u.
 _EXPONENT, _BASE = 0x4B000000, 8388608.0
+
+
+class _Operands(NamedTuple):
+    """What the sums are made of; see `weight_only`."""
+
+    x: Any
+    weight: Any
+    scale: Any
+    k_size: Expression
+    groups: Expression
+    group_shift: Expression
 
 
 def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
@@ -27,8 +38,7 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
     is shifted down to give its group, steps of 32 columns in the weights, whether there is a bias. x is aligned to four
     elements. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8 threads.
     """
-    parts = [_add_steps(part, dtype, rows) for part in SEGMENTS[kind]]
-    add, add_narrow = parts[0], parts[-1]
+    add = [_add_steps(part, dtype, rows) for part in SEGMENTS[kind]]
     wide_lines = LINES[SEGMENTS[kind][0]]
 
     @T.prim_func(s_tir=True)
@@ -63,23 +73,9 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
         row = T.alloc_buffer((rows,), "int32", scope="local")
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
-        for i in T.unroll(rows):
-            row[i] = T.min(chunk * rows + i, m_size - 1)
-        for i in T.unroll(rows * 4):
-            total[i] = T.float32(0)
-        first_line = T.cast(block, "int64") * lines
-        # fmt: off
-        if len(parts) == 1:
-            add(total, row, quarter, place, block, first_line, 0, steps, x, weight, scale, k_size, groups, group_shift)
-        else:
-            # Every step takes a line at least; how many lines there are beyond that says how many steps are wide.
-            wide = (lines - steps) // (wide_lines - 1)
-            add(total, row, quarter, place, block, first_line, 0, wide, x, weight, scale, k_size, groups, group_shift)
-            add_narrow(
-                total, row, quarter, place, block, first_line + wide * wide_lines, wide, steps - wide,
-                x, weight, scale, k_size, groups, group_shift,
-            )
-        # fmt: on
+        start(total, row, 4, rows, chunk, m_size)
+        operands = T.meta_var(_Operands(x, weight, scale, k_size, groups, group_shift))
+        add_segments(add, wide_lines, Lane(total, row, quarter, place, block), lines, steps, operands)
         finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
 
     return kernel
@@ -135,10 +131,8 @@ def _add_steps(kind: str, dtype: str, rows: int) -> Any:
     quads = max(1, QUADS // rows)
 
     @T.inline
-    def add(
-        total, row, quarter, place, block, first_line, first_step, count, x, weight, scale, k_size, groups, group_shift
-    ):
-        """Adds the products of `count` steps from `first_step` on, whose weights start at line `first_line`."""
+    def add(lane, first_line, first_step, count, operands):
+        """As `block.Add` says."""
         packed = T.alloc_buffer((lines * 4,), "int32", scope="local")
         codes = T.alloc_buffer((QUADS * 4,), "int32", scope="local")
         halves = T.alloc_buffer((4,), "float16", scope="local")
@@ -146,23 +140,26 @@ def _add_steps(kind: str, dtype: str, rows: int) -> Any:
         value = T.alloc_buffer((1,), "float32", scope="local")
         product = T.alloc_buffer((rows * 4,), "float32", scope="local")
         for turn in range((count + (PLACES - 1)) // PLACES):
-            if turn * PLACES + place < count:
-                step = turn * PLACES + place
+            if turn * PLACES + lane.place < count:
+                step = turn * PLACES + lane.place
                 for line in T.unroll(lines):
-                    packed[T.ramp(line * 4, 1, 4)] = weight[(first_line + (step * lines + line)) * 4 + quarter]
+                    packed[T.ramp(line * 4, 1, 4)] = operands.weight[
+                        (first_line + (step * lines + line)) * 4 + lane.quarter
+                    ]
                 unpack(words, codes, packed, 0)
                 for i in T.unroll(rows * 4):
                     product[i] = T.float32(0)
                 for part in T.unroll(QUADS // quads):
                     column = (first_step + step) * 32 + part * (quads * 4)
-                    _read(activation, x, row, column, k_size, rows, quads)
+                    _read(activation, operands.x, lane.row, column, operands.k_size, rows, quads)
                     _multiply(product, codes, part, activation, value, rows, quads, words.offset)
-                halves[T.ramp(0, 1, 4)] = scale[
-                    (T.cast(block, "int64") * groups + ((first_step + step) >> group_shift)) * 4 + quarter
+                halves[T.ramp(0, 1, 4)] = operands.scale[
+                    (T.cast(lane.block, "int64") * operands.groups + ((first_step + step) >> operands.group_shift)) * 4
+                    + lane.quarter
                 ]
                 for i in T.unroll(rows):
                     for r in T.unroll(4):
-                        total[i * 4 + r] = total[i * 4 + r] + product[i * 4 + r] * (
+                        lane.total[i * 4 + r] = lane.total[i * 4 + r] + product[i * 4 + r] * (
                             T.cast(halves[r], "float32") * T.float32(words.factor)
                         )
 
