@@ -17,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hikui.lowering.app.assemble import Prepared
 from hikui.lowering.app.lower import BACKENDS, build, prepare
@@ -76,7 +77,7 @@ def main() -> None:
     unfused = prepare(
         Request(options.model, recipe.with_options({"fuse": {"branch": False}}), calibration=options.calibration)
     )
-    sites = sum("linear_a8_branch" in str(node.target) for node in fused.program.graph.nodes)
+    sites = sum(node.target is torch.ops.hikui.linear_a8_branch.default for node in fused.program.graph.nodes)
     figures: dict[str, object] = {"sites": sites, "interpreter_difference": difference(fused, unfused)}
     with tempfile.TemporaryDirectory() as folder:
         for backend in BACKENDS:

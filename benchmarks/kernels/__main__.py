@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from benchmarks.kernels import ours, peers, plot, report
+from benchmarks.kernels.contestant import Contestant, UnavailableError, Workload
 from benchmarks.kernels.harness import Row, measure
 from benchmarks.kernels.limits import Limits
-from benchmarks.kernels.subject import Subject, UnavailableError, Workload
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 ROWS = (1, 64, 512)
@@ -49,10 +49,10 @@ def workloads(filters: dict[str, list[str]]) -> list[Workload]:
     ]  # fmt: skip
 
 
-def contestants(filters: dict[str, list[str]]) -> tuple[list[Subject], list[str]]:
+def contestants(filters: dict[str, list[str]]) -> tuple[list[Contestant], list[str]]:
     """Ours and the others that the filters let through, and a sentence on each library that is not installed."""
     found, absent = peers.find()
-    chosen: list[Subject] = [s for s in ours.contestants() if passes(filters, "kind", s.name)]
+    chosen: list[Contestant] = [s for s in ours.contestants() if passes(filters, "kind", s.name)]
     return chosen + [s for s in found if passes(filters, "peer", s.name)], absent
 
 
@@ -75,14 +75,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         filters = parse_filters(chosen.only)
     except ValueError as error:
         parser.error(str(error))
-    subjects, absent = contestants(filters)
+    entrants, absent = contestants(filters)
     for sentence in absent:
         print(sentence, file=sys.stderr)
     limits = Limits()
     about = report.machine(ours.library().isa(), limits.survey()) | {"left_out": absent, "rounds": chosen.rounds}
     rows: list[Row] = []
     for workload in workloads(filters):
-        measured = measure(subjects, limits, workload, rounds_of(workload, chosen.rounds), tell)
+        measured = measure(entrants, limits, workload, rounds_of(workload, chosen.rounds), tell)
         rows += measured.rows
         absent += measured.left_out
         report.write_json(chosen.output / "kernels.json", about | {"rows": [asdict(row) for row in rows]})

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.kernels.contestant import Contestant, Prepared, UnavailableError, Workload, width
 from benchmarks.kernels.limits import Limits, PeakLimit, ReadLimit, clock_of
 from benchmarks.kernels.ours import Quantisation
-from benchmarks.kernels.subject import Prepared, Subject, UnavailableError, Workload, width
 
 _TURN_SECONDS = 0.02
 """A contestant's turn lasts at least this long, and at least one step."""
@@ -71,7 +71,7 @@ class Measured(NamedTuple):
 class Turn:
     """A contestant under way: its place in the walk over its steps, and the seconds a product took in each round."""
 
-    subject: Subject
+    contestant: Contestant
     prepared: Prepared
     steps: int = 1
     position: int = 0
@@ -104,12 +104,12 @@ class Turn:
 
 
 def measure(
-    subjects: Iterable[Subject], limits: Limits, workload: Workload, rounds: int, report: Report = print
+    contestants: Iterable[Contestant], limits: Limits, workload: Workload, rounds: int, report: Report = print
 ) -> Measured:
     """Times contestants in turns.
 
     Args:
-        subjects: the contestants; one that cannot do this is left out, and `report` told.
+        contestants: the contestants; one that cannot do this is left out, and `report` told.
         limits: the machine's, which take their turns too.
         workload: the setting.
         rounds: how many turns each gets.
@@ -120,15 +120,15 @@ def measure(
     """
     clock = clock_of(workload.threads)
     read, peak = ReadLimit(limits), PeakLimit(limits)
-    entrants: list[Subject] = [read, peak, Quantisation(), *subjects]
+    entrants: list[Contestant] = [read, peak, Quantisation(), *contestants]
     turns: list[Turn] = []
     left_out: list[str] = []
-    for subject in entrants:
+    for contestant in entrants:
         try:
-            turn = Turn(subject, subject.prepare(workload))
+            turn = Turn(contestant, contestant.prepare(workload))
             turn.warm_up(clock)
         except UnavailableError as error:
-            left_out.append(f"{workload}: {subject.name} is left out: {error}")
+            left_out.append(f"{workload}: {contestant.name} is left out: {error}")
             report(left_out[-1])
             continue
         turns.append(turn)
@@ -148,29 +148,29 @@ def measure(
 
 def rows_of(turns: Sequence[Turn], read: Turn, peak: Turn, quantise: Turn, workload: Workload) -> list[Row]:
     """Medians, shares and ratios of what took turns."""
-    peers = [turn for turn in turns if not turn.subject.ours]
+    peers = [turn for turn in turns if not turn.contestant.ours]
     rows = []
     for turn in turns:
         prepared, own = turn.prepared, turn.seconds
         if workload.m == 1 and workload.cold:
             work = prepared.nbytes / read.prepared.nbytes
-            limit, shares = read.subject.name, [work * b / a for a, b in zip(own, read.seconds, strict=True)]
+            limit, shares = read.contestant.name, [work * b / a for a, b in zip(own, read.seconds, strict=True)]
         else:
             work = workload.products / peak.prepared.macs
-            limit, shares = peak.subject.name, [work * b / a for a, b in zip(own, peak.seconds, strict=True)]
+            limit, shares = peak.contestant.name, [work * b / a for a, b in zip(own, peak.seconds, strict=True)]
         low, middle, high = (1e6 * value for value in quartiles(own))
         row = Row(
-            turn.subject.name, turn.subject.ours, round(prepared.bits, 3), workload.m, workload.n, workload.k,
+            turn.contestant.name, turn.contestant.ours, round(prepared.bits, 3), workload.m, workload.n, workload.k,
             workload.threads, workload.cold, round(middle, 1), round(low, 1), round(high, 1),
             round(workload.products / middle / 1e3, 2), round(prepared.nbytes / middle / 1e3, 2), limit,
             round(statistics.median(shares), 3),
         )  # fmt: skip
-        if turn.subject.ours:
+        if turn.contestant.ours:
             share = statistics.median(q / (a - q) for a, q in zip(own, quantise.seconds, strict=True))
             row = replace(row, quantise_share=round(share, 4))
             same = [peer for peer in peers if width(peer.prepared.bits) == width(prepared.bits)]
-            kind, _, branch = turn.subject.name.partition("_branch")
-            plain = next((other for other in turns if other.subject.ours and other.subject.name == kind), None)
+            kind, _, branch = turn.contestant.name.partition("_branch")
+            plain = next((other for other in turns if other.contestant.ours and other.contestant.name == kind), None)
             # A branch belongs to ours alone: beside a peer without one, its bits and time would mislead.
             if branch and plain is not None:
                 ratios = (a / b for a, b in zip(own, plain.seconds, strict=True))
@@ -184,7 +184,7 @@ def rows_of(turns: Sequence[Turn], read: Turn, peak: Turn, quantise: Turn, workl
 def _beside(row: Row, own: Sequence[float], rival: Turn, workload: Workload) -> Row:
     times = statistics.median(b / a for a, b in zip(own, rival.seconds, strict=True))
     speed = workload.products / statistics.median(rival.seconds) / 1e9
-    return replace(row, peer=rival.subject.name, peer_gmacs=round(speed, 2), times_peer=round(times, 3))
+    return replace(row, peer=rival.contestant.name, peer_gmacs=round(speed, 2), times_peer=round(times, 3))
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:

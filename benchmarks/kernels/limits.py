@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.kernels.subject import Prepared, Workload
+from benchmarks.kernels.contestant import Prepared, Workload
 from hikui.backends.kernels.build import compiler
 from hikui.lowering.artefact.target import machine_triple
 

@@ -12,7 +12,7 @@ import numpy as np
 import tvm
 from numpy.typing import NDArray
 
-from benchmarks.kernels.subject import Prepared, Step, UnavailableError, Workload
+from benchmarks.kernels.contestant import Prepared, Step, UnavailableError, Workload
 from hikui.backends.kernels.build import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import GROUP, Operands, format_of

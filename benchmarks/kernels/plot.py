@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.kernels.contestant import UnavailableError
 from benchmarks.kernels.harness import Row
-from benchmarks.kernels.subject import UnavailableError
 
 _COLUMNS = 4
 _BITS = (1, 1.5, 2, 3, 4, 6, 8)

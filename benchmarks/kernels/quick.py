@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.kernels import ours, report
 from benchmarks.kernels.__main__ import contestants, tell
+from benchmarks.kernels.contestant import Workload
 from benchmarks.kernels.harness import Row, measure
 from benchmarks.kernels.limits import Limits
-from benchmarks.kernels.subject import Workload
 
 _SIZE = 4096
 _ROUNDS = {1: 15, 512: 3}
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.quick", description=__doc__)
     parser.add_argument("--output", type=Path, default=report.RESULTS / "quick.json")
     chosen = parser.parse_args(arguments)
-    subjects, absent = contestants({})
+    found, absent = contestants({})
     for sentence in absent:
         print(sentence, file=sys.stderr)
     limits = Limits()
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for m, rounds in _ROUNDS.items():
         # A branch is a matter of one row; with many rows weights in memory cost next to nothing.
-        entrants = [s for s in subjects if m == 1 or "branch" not in s.name]
+        entrants = [s for s in found if m == 1 or "branch" not in s.name]
         for cold in (True, False) if m == 1 else (True,):
             rows += measure(entrants, limits, Workload(m, _SIZE, _SIZE, 1, cold), rounds, tell).rows
     report.write_json(chosen.output, entries(rows))

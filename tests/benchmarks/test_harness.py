@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from benchmarks.kernels.__main__ import THREADS, contestants, parse_filters, rounds_of, workloads
+from benchmarks.kernels.contestant import COLD_BYTES, Prepared, UnavailableError, Workload, random_bytes, width
 from benchmarks.kernels.harness import Turn, measure, quartiles, rows_of
 from benchmarks.kernels.limits import Limits
 from benchmarks.kernels.ours import Product
-from benchmarks.kernels.subject import COLD_BYTES, Prepared, UnavailableError, Workload, random_bytes, width
 
 
 @dataclass
@@ -139,7 +139,7 @@ def test_filters() -> None:
     assert workloads(filters) == [Workload(m, 4096, 11008, 1, False) for m in (1, 64)]
     assert len(workloads({})) == 36 and {w.threads for w in workloads({})} == set(THREADS)
     chosen, _ = contestants(parse_filters(["kind=int4*", "peer=nobody"]))
-    assert [subject.name for subject in chosen] == ["int4", "int4_branch64_fused", "int4_branch64_separate"]
+    assert [contestant.name for contestant in chosen] == ["int4", "int4_branch64_fused", "int4_branch64_separate"]
     for wrong in ("m", "kinds=int4"):
         with pytest.raises(ValueError, match="is no filter; write kind="):
             parse_filters([wrong])

@@ -1,8 +1,8 @@
 import platform
 
 import pytest
+from benchmarks.kernels.contestant import Workload
 from benchmarks.kernels.limits import Limits, PeakLimit, ReadLimit
-from benchmarks.kernels.subject import Workload
 
 from hikui.lowering.artefact.target import cpu_features
 

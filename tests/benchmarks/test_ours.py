@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.kernels.contestant import Workload
 from benchmarks.kernels.ours import BRANCH_KINDS, KINDS, RANK, Product, Quantisation, library
-from benchmarks.kernels.subject import Workload
 
 from hikui.backends import measurement
 from hikui.backends.kernels.build import SYMBOLS

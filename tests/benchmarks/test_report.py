@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks.kernels import plot, quick, report
+from benchmarks.kernels.contestant import UnavailableError
 from benchmarks.kernels.harness import Row
-from benchmarks.kernels.subject import UnavailableError
 
 OURS = Row(
     "int4", True, 4.125, 1, 4096, 4096, 1, True, 500.0, 490.0, 520.0, 33.55, 17.3, "read_8_streams", 0.81, 0.004, None,

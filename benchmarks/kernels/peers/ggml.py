@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.kernels.subject import Prepared, Step, UnavailableError, Workload, activations
+from benchmarks.kernels.contestant import Prepared, Step, UnavailableError, Workload, activations
 
 _TYPES = {"q8_0": 8, "q4_0": 2, "q4_K": 12, "q3_K": 11, "q2_K": 10, "tq2_0": 35, "tq1_0": 34, "iq1_s": 19, "q1_0": 41}
 """ggml.h's `enum ggml_type`; each number is checked against the name that the library gives it."""

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from benchmarks.kernels.subject import GROUP, Prepared, Step, UnavailableError, Workload, activations, random_bytes
+from benchmarks.kernels.contestant import GROUP, Prepared, Step, UnavailableError, Workload, activations, random_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import openvino  # type: ignore[import-not-found,unused-ignore]
 from numpy.typing import NDArray
 from openvino import opset13
 
-from benchmarks.kernels.subject import GROUP, Prepared, Step, UnavailableError, Workload, activations, random_bytes
+from benchmarks.kernels.contestant import GROUP, Prepared, Step, UnavailableError, Workload, activations, random_bytes
 
 _ZERO_POINTS = {"u2": 1.5, "i4": None, "i8": None}
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.kernels.subject import GROUP, Prepared, Step, Workload, activations, random_bytes
+from benchmarks.kernels.contestant import GROUP, Prepared, Step, Workload, activations, random_bytes
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Prepared:
     result: Callable[[], NDArray[np.float32]] | None = None
 
 
-class Subject(Protocol):
+class Contestant(Protocol):
     """A contestant.
 
     Attributes:
