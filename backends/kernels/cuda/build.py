@@ -26,6 +26,7 @@ _FOLDER = Path(__file__).resolve().parent
 _MODULES = ("activation", "block", "dense", "integer", "kernels", "source", "weight_only", "words")
 _SOURCES = (
     *(_FOLDER / f"{name}.py" for name in _MODULES),
+    _FOLDER.parent / "compile.py",
     _FOLDER.parent / "fields.py",
     _FOLDER.parents[2] / "lowering" / "formats" / "kinds.py",
 )
