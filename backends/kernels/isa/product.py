@@ -3,6 +3,7 @@
 TVMScript reads a function's parameters from its text, so a signature that several kernels have must stand in one
 function: `integer_product` is that function, and the structures give it what they do with a tile. The pieces are
 `T.inline` functions, which the parser puts where they are called; helpers in plain Python run as it meets the call.
+Kernels of other C types, alike as their first lines look, keep their signatures, for the parser takes none from a list.
 """
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
@@ -211,7 +212,8 @@ def store_elements(values, first, count, at_y, start, outputs):
 def store_tile(total, grid, parts, tail, outputs):
     """Stores the first `parts` vectors of each block of a tile, which are its 16 output rows.
 
-    `tail` is a local buffer of 16 values: of a whole tile, elements picked one by one would not stay in registers.
+    `tail` is a local buffer of 16 values, from which elements are picked one by one: picked from `total`, they would
+    keep it out of registers.
     """
     for i in unrolled(grid.rows):
         for j in unrolled(grid.blocks):

@@ -384,8 +384,8 @@ def _store_parts(result, grid, band, outputs):
     """Stores what a band gives, in vectors but for the last output rows of a matrix that ends within it.
 
     `product.store_tile` would not do: it picks elements of a copy that a band need not fill, and adds the bias in
-    place. Here a loop over rows leaves `result` in memory; stores into it would make LLVM unroll and spill. Vectors of
-    the bias need not be aligned on these machines.
+    place. Here rows are looped over, and a store into `result` makes LLVM unroll that otherwise: a third more
+    instructions for tiles of many rows. Vectors of the bias need not be aligned on these machines.
     """
     for i in range(T.min(outputs.m_size - outputs.chunk * grid.rows, grid.rows)):
         for j in unrolled(grid.blocks):
