@@ -24,6 +24,6 @@ def test_of_several_near_names_only_the_nearest_is_said() -> None:
     assert did_you_mean("int4-g46", ["int4-g128", "int4-g64", "int8-g64"]) == " Did you mean 'int4-g64'?"
 
 
-def test_a_wrong_request_exits_with_two_and_the_rest_with_one() -> None:
-    assert (HikuiError.exit_code, UsageError.exit_code, VerificationError.exit_code) == (1, 2, 1)
+def test_exit_statuses_tell_the_input_the_request_and_the_program_apart() -> None:
+    assert (HikuiError.exit_code, UsageError.exit_code, VerificationError.exit_code) == (1, 2, 3)
     assert issubclass(UsageError, HikuiError) and issubclass(VerificationError, HikuiError)

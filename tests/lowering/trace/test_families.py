@@ -161,9 +161,11 @@ def test_alibi_becomes_a_weight() -> None:
 
 def test_constants_of_the_code_become_weights() -> None:
     class Scaled(torch.nn.Linear):
+        shift: torch.Tensor
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             literal = torch.tensor([0.5, 2.0] * 24) * torch.arange(48)
-            return super().forward(x * literal + self.get_buffer("shift"))
+            return super().forward(x * literal + self.shift)
 
     model = tiny_model("llama")
     projection: Any = model.get_submodule("model.layers.1.self_attn.o_proj")
