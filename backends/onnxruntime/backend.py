@@ -17,9 +17,10 @@ from hikui.backends.onnxruntime.normalization import (
     UseSkipSimplifiedLayerNormalization,
 )
 from hikui.backends.onnxruntime.translation import to_onnx
-from hikui.lowering.artefact.backend import BuildResult, Progress
+from hikui.lowering.artefact.backend import BuildResult
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.ir.program import Program
+from hikui.lowering.progress import Progress
 
 API_FLOOR = 18
 """The interface version that libhikui_ops.so asks for: that of ONNX Runtime 1.18."""

@@ -19,9 +19,10 @@ from hikui.backends.tvm.native.build import build_runner
 from hikui.backends.tvm.parameters import write_parameters
 from hikui.backends.tvm.tokens import token_bytes, write_tokens
 from hikui.lowering.artefact import elf
-from hikui.lowering.artefact.backend import BuildResult, Progress
+from hikui.lowering.artefact.backend import BuildResult
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.ir.program import Program
+from hikui.lowering.progress import Progress
 
 
 def tvm_target(target: Target) -> Any:

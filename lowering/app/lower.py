@@ -1,4 +1,4 @@
-"""The whole way from a checkpoint to an artefact; only this and the command line know both passes and backends."""
+"""The whole way from a checkpoint to an artefact; this room alone knows both passes and backends."""
 
 import os
 import resource

@@ -1,15 +1,12 @@
-"""What every backend and every runner offers."""
+"""What every backend offers; `generate.Runner` says what a runner does."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.ir.program import Program
 from hikui.lowering.progress import Progress
-
-__all__ = ["Backend", "BuildResult", "Progress", "Runner"]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
-from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix, TransposedMatrix
+from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, WeightStore
+from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, Transposed, WeightStore
 
 _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
@@ -143,7 +143,7 @@ class Checkpoint:
         tensor = self.tensors[key]
         given: TensorSource = tensor
         if isinstance(tensor, QuantisedMatrix) and transposed:
-            given = TransposedMatrix(tensor)
+            given = Transposed(tensor)
         if given.info.shape != shape:
             raise HikuiError(
                 f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by config.json {name} "

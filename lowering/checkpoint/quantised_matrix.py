@@ -179,21 +179,6 @@ class QuantisedMatrix:
             )
 
 
-@dataclass(frozen=True)
-class TransposedMatrix:
-    """A quantised matrix as a module that stores [K, N] has it (transformers' `Conv1D`)."""
-
-    source: QuantisedMatrix
-
-    @property
-    def info(self) -> TensorInfo:
-        inner = self.source.info
-        return TensorInfo(inner.dtype, tuple(reversed(inner.shape)))
-
-    def load(self) -> Tensor:
-        return self.source.load().t().contiguous()
-
-
 def unpack_fields(words: Tensor, bits: int) -> Tensor:
     """The fields of little-endian streams that run down the columns.
 

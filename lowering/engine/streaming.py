@@ -49,13 +49,13 @@ class _Stage:
     """Calls in order, each with the values that nothing reads after it, and the weights that they read.
 
     Attributes:
-        dense: matrices of packed sites, by the name of the call.
+        dense: packed sites with their matrices, by the name of the call.
         alive: names of all values that are read after the stage.
     """
 
     calls: list[tuple[fx.Node, list[str]]]
     weights: dict[str, Tensor]
-    dense: dict[str, Tensor]
+    dense: dict[str, tuple[PackedLinear, Tensor]]
     alive: set[str]
 
 
@@ -201,10 +201,10 @@ class Stream:
     def _loaded(self, calls: list[tuple[fx.Node, list[str]]], alive: set[str]) -> _Stage:
         """A stage with its weights; packed ones are dequantised here, once for all texts."""
         weights: dict[str, Tensor] = {}
-        dense: dict[str, Tensor] = {}
+        dense: dict[str, tuple[PackedLinear, Tensor]] = {}
         for node, _ in calls:
             if node.target is _LINEAR:
-                dense[node.name] = self._matrix(node)
+                dense[node.name] = PackedLinear.of(node), self._matrix(node)
             for operand in node.all_input_nodes:
                 packed = node.target is _LINEAR and operand in PackedLinear.of(node).stored()
                 if WEIGHT in operand.meta and operand.name not in weights and not packed:
@@ -240,10 +240,10 @@ class Stream:
 
         for node, dying in stage.calls:
             if node.name in stage.dense:
-                site = PackedLinear.of(node)
+                site, matrix = stage.dense[node.name]
                 x, added = value_of(site.source), None if site.bias is None else value_of(site.bias)
                 assert isinstance(x, Tensor) and (added is None or isinstance(added, Tensor))
-                args, result = (x, *node.args[1:]), F.linear(x, stage.dense[node.name], added)
+                args, result = (x, *node.args[1:]), F.linear(x, matrix, added)
             else:
                 args, result = evaluate(node, value_of)
             if node.name in watched:

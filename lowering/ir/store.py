@@ -192,6 +192,13 @@ class WeightStore:
     def source(self, key: str) -> TensorSource:
         return self._source(key)
 
+    def free_name(self, name: str) -> str:
+        """A name that nothing has: this one, or with the first free number behind it."""
+        free, number = name, 2
+        while free in self:
+            free, number = f"{name}#{number}", number + 1
+        return free
+
     def drop(self, keys: Iterable[str]) -> None:
         for key in keys:
             self._sources.pop(key, None)

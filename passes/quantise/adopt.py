@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix, TransposedMatrix
+from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import GROUPS, KINDS, Format, Packed, pack
 from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
 from hikui.lowering.ir.store import Transposed
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import aten, float_sites, insert, matrix_shape, selected, sites, weight_of
+from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
 from hikui.passes.matrices import row_parts
+from hikui.passes.quantise.columns import Gathers
 from hikui.passes.quantise.packing import pack_by_rows, replace_with_packed
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 
@@ -79,7 +80,7 @@ class Adopt(Pass):
         chosen = self._chosen(work)
         if not chosen:
             return PassResult(program, False)
-        gathers = _Gathers(work)
+        gathers = Gathers(work)
         notes: list[str] = []
         for index, (node, matrix) in enumerate(chosen):
             context.progress("adopt", index, len(chosen))
@@ -93,7 +94,7 @@ class Adopt(Pass):
         for node, _ in self._chosen(program):
             raise VerificationError(f"Site {node.meta[SITE]} still holds the float matrix of a quantised one.")
 
-    def _adopt(self, program: Program, node: fx.Node, matrix: QuantisedMatrix, gathers: "_Gathers") -> list[str]:
+    def _adopt(self, program: Program, node: fx.Node, matrix: QuantisedMatrix, gathers: Gathers) -> list[str]:
         site, blocks = node.meta[SITE], _blocks(matrix.groups())
         if isinstance(blocks, str):
             return self._round(program, node, blocks)
@@ -104,7 +105,11 @@ class Adopt(Pass):
             return self._round(program, node, f"its codes take {found.kind}")
         fmt = Format(found.kind, blocks.size)
         packed, moved = _pack_codes(matrix, blocks, fmt, saturate=bool(found.lowest))
-        x = None if blocks.order is None else gathers.gather(node, blocks.order)
+        x = None
+        if (order := blocks.order) is not None:
+            stored = order.to(torch.int32)
+            group = str(node.meta[GROUP])
+            x, _ = gathers.gather(node, (group, stored.numpy().tobytes()), f"{group}.order", lambda: stored)
         notes = [f"{site}: {fmt}, as {matrix.method} left it in {matrix.bits} bits"]
         if blocks.order is not None:
             notes.append(f"{site}: its columns stand in the order of g_idx")
@@ -155,7 +160,8 @@ class Adopt(Pass):
 def quantised_matrix(program: Program, node: fx.Node) -> QuantisedMatrix | None:
     """The quantised matrix behind a float site, if a checkpoint has one there."""
     source = program.store.source(program.weight_of(weight_of(node)))
-    if isinstance(source, Transposed) and isinstance(source.source, TransposedMatrix):
+    if isinstance(source, Transposed) and isinstance(source.source, Transposed):
+        # A module that keeps [K, N] had it turned, and `canonicalise` turned it back.
         source = source.source.source
     return source if isinstance(source, QuantisedMatrix) else None
 
@@ -272,30 +278,3 @@ def _grouped(codes: Tensor, blocks: _Blocks, *, ordered: bool = False) -> Tensor
         codes = codes[:, blocks.order]
     grouped: Tensor = F.pad(codes, (0, -k % blocks.width)).unflatten(1, (-1, blocks.width))
     return grouped
-
-
-class _Gathers:
-    """The activations whose columns were brought into the order of a `g_idx`: one for all sites that share it."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._placeholders: dict[tuple[str, bytes], fx.Node] = {}
-        self._gathers: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-
-    def gather(self, node: fx.Node, order: Tensor) -> fx.Node:
-        """What a site is to read instead of its activation; `order` int64 [K]."""
-        stored = order.to(torch.int32)
-        key = (str(node.meta[GROUP]), stored.numpy().tobytes())
-        if key not in self._placeholders:
-            self._placeholders[key] = self._program.add_weight(self._name(key[0]), stored)
-        held, x = self._placeholders[key], node.args[0]
-        assert isinstance(x, fx.Node)
-        if (x, held) not in self._gathers:
-            self._gathers[x, held] = insert(self._program, node, aten.index_select.default, (x, -1, held), node)
-        return self._gathers[x, held]
-
-    def _name(self, group: str) -> str:
-        name, number = f"{group}.order", 2
-        while name in self._program.store:
-            name, number = f"{group}.order#{number}", number + 1
-        return name

@@ -4,7 +4,7 @@ The order is a stored vector that the graph gathers the activation with, once fo
 consumes the gathered activation sees matrices with their columns permuted alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -60,6 +60,36 @@ def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
             )
 
 
+class Gathers:
+    """Activations with their columns in a stored order: one order for each key, one gather for all that read it.
+
+    Args:
+        program: gets the orders and the gathers.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._program = program
+        self._placeholders: dict[Hashable, fx.Node] = {}
+        self._gathers: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def gather(self, node: fx.Node, key: Hashable, name: str, order: Callable[[], Tensor]) -> tuple[fx.Node, fx.Node]:
+        """What a site is to read instead of its activation, and the placeholder of the order.
+
+        Args:
+            node: the site.
+            key: of the order; sites with one key share it.
+            name: that it is stored under, numbered where that is taken.
+            order: gives it when it is first asked for: int32 [k].
+        """
+        if key not in self._placeholders:
+            self._placeholders[key] = self._program.add_weight(self._program.store.free_name(name), order())
+        held, x = self._placeholders[key], node.args[0]
+        assert isinstance(x, fx.Node)
+        if (x, held) not in self._gathers:
+            self._gathers[x, held] = insert(self._program, node, aten.index_select.default, (x, -1, held), node)
+        return self._gathers[x, held], held
+
+
 class Orders:
     """The orders of one run of a pass: one for each tied group and format, stored and gathered with once.
 
@@ -70,12 +100,11 @@ class Orders:
 
     def __init__(self, program: Program, nodes: Sequence[tuple[fx.Node, Format]]) -> None:
         self._program = program
+        self._gathers = Gathers(program)
         self._tied: dict[tuple[str, Format], list[fx.Node]] = {}
         for node, fmt in nodes:
             if fmt.is_mixed:
                 self._tied.setdefault((node.meta[GROUP], fmt), []).append(node)
-        self._placeholders: dict[tuple[str, Format], fx.Node] = {}
-        self._gathers: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
 
     def gather(self, node: fx.Node, fmt: Format) -> tuple[fx.Node, Tensor]:
         """The permuted activation that a site is to read, and the order: int64 [k].
@@ -83,19 +112,8 @@ class Orders:
         Raises:
             HikuiError: as `mixed_order`.
         """
-        key = (node.meta[GROUP], fmt)
-        if key not in self._placeholders:
-            order = mixed_order(self._program, self._tied[key], fmt)
-            self._placeholders[key] = self._program.add_weight(self._name(key), order)
-        held, x = self._placeholders[key], node.args[0]
-        assert isinstance(x, fx.Node)
-        if (x, held) not in self._gathers:
-            self._gathers[x, held] = insert(self._program, node, aten.index_select.default, (x, -1, held), node)
-        return self._gathers[x, held], self._program.store.load(self._program.weight_of(held)).long()
-
-    def _name(self, key: tuple[str, Format]) -> str:
-        group, fmt = key
-        name, number = f"{group}.order.{fmt}", 2
-        while name in self._program.store:
-            name, number = f"{group}.order.{fmt}#{number}", number + 1
-        return name
+        key = node.meta[GROUP], fmt
+        x, held = self._gathers.gather(
+            node, key, f"{key[0]}.order.{fmt}", lambda: mixed_order(self._program, self._tied[key], fmt)
+        )
+        return x, self._program.store.load(self._program.weight_of(held)).long()

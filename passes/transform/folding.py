@@ -217,10 +217,7 @@ def replace_weight(program: Program, node: fx.Node, at: int, tag: str, tensor: T
     if key.endswith(f".{tag}") and list(weight.users) == [node]:
         program.store.put(key, tensor)  # Made by the same transform, for this call alone.
         return
-    name, number = f"{key}.{tag}", 2
-    while name in program.store:
-        name, number = f"{key}.{tag}#{number}", number + 1
-    node.update_arg(at, program.add_weight(name, tensor))
+    node.update_arg(at, program.add_weight(program.store.free_name(f"{key}.{tag}"), tensor))
     drop_weights(program, [weight])
 
 
