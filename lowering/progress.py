@@ -1,4 +1,4 @@
-"""How long work says how far it is, and what it is about to need."""
+"""How long work says how far it is, what it is about to need, and what its user should know of the result."""
 
 from collections.abc import Callable
 
@@ -16,3 +16,11 @@ Announce = Callable[[str], None]
 
 def no_announcement(sentence: str) -> None:
     """What nobody reads."""
+
+
+Warn = Callable[[str], None]
+"""Called with a sentence on what may make the result worse than its user expects."""
+
+
+def no_warning(sentence: str) -> None:
+    """A warning that nobody reads."""

@@ -13,6 +13,7 @@ import numpy as np
 from hikui import __version__
 from hikui.lowering.artefact import manifest as artefacts
 from hikui.lowering.artefact import report, text
+from hikui.lowering.artefact.arithmetic import arithmetic
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
 from hikui.lowering.errors import HikuiError
@@ -56,6 +57,7 @@ class Prepared:
         calibration: what they were calibrated on, for the manifest.
         floats: the last program in which every site was still float: what the packed matrices stand for, transforms
             such as rotations folded in; None where it was not kept.
+        warnings: what may make the result worse than its user expects, a sentence each.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Prepared:
     records: tuple[StepRecord, ...]
     calibration: dict[str, str | int] | None
     floats: Program | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
@@ -98,8 +101,9 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
         "context": config.context_length,
     }
     report.write(
-        directory, title=f"{name}, {chosen.name}", summary=summary, sizes=taken, sites=sites, steps=prepared.records
-    )
+        directory, title=f"{name}, {chosen.name}", summary=summary, sizes=taken, sites=sites, steps=prepared.records,
+        warnings=prepared.warnings,
+    )  # fmt: skip
     progress("hashes", 0, 1)
     files = artefacts.inventory(directory)
     manifest = artefacts.Manifest(
@@ -150,6 +154,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
             pipeline=",".join(map(str, prepared.passes)),
             calibration=prepared.calibration,
             toolchain=toolchain(),
+            arithmetic=arithmetic(),
         ),
         files=files,
     )

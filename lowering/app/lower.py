@@ -100,9 +100,19 @@ def prepare(
             f"Recipe {chosen.name}: pass {step.name} measures the model on real text and none was given; give some "
             "with --calibration TEXT_FILE."
         )
+    warnings: list[str] = []
+
+    def warn(sentence: str) -> None:
+        # Tied sites may find the same fault, and one sentence on it is enough.
+        if sentence not in warnings:
+            warnings.append(sentence)
+            execution.warn(sentence)
+
     execution.progress("trace", 0, 1)
     traced = request.traced(scratch=scratch)
     execution.progress("trace", 1, 1)
+    for sentence in traced.cautions:
+        warn(sentence)
     data = None if path is None else read_calibration(traced, path, chosen.calibration)
     keep = _KeepCanonical(keep_floats)
     callbacks: list[Callback] = [keep]
@@ -112,7 +122,10 @@ def prepare(
         callbacks.append(InputUnchanged())
     pipeline = Pipeline(passes, callbacks)
     resolved = chosen.resolved(known)
-    kept = Resume() if finished is None else _resumed(finished, run_key(traced, resolved, data.chunks if data else ()))
+    kept = Resume()
+    if finished is not None:
+        kinds = [type(step) for step in passes]
+        kept = _resumed(finished, run_key(traced, resolved, data.chunks if data else (), kinds))
     context = PassContext(
         data,
         scratch,
@@ -121,6 +134,7 @@ def prepare(
         memory=execution.memory,
         jobs=execution.jobs,
         announce=execution.announce,
+        warn=warn,
     )
     lowered = pipeline.run(traced, context)
     return Prepared(
@@ -134,6 +148,7 @@ def prepare(
         tuple(pipeline.records),
         None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
         keep.floats,
+        tuple(warnings),
     )
 
 

@@ -10,7 +10,7 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline import recipe as recipes
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
-from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
+from hikui.lowering.progress import Announce, Progress, Warn, no_announcement, no_progress, no_warning
 from hikui.lowering.trace import trace
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Execution:
         check_inputs: hold every pass to leaving the program alone that it was given.
         progress: called with what is being done.
         announce: told what passes are about to need.
+        warn: told what may make the result worse than expected; the report of an artefact says it too.
     """
 
     resume: bool = True
@@ -109,6 +110,7 @@ class Execution:
     check_inputs: bool = False
     progress: Progress = no_progress
     announce: Announce = no_announcement
+    warn: Warn = no_warning
 
 
 def available_passes() -> dict[str, type[Pass]]:

@@ -60,6 +60,8 @@ def open_runnable_model(
     if request.recipe is None:
         kind = "interpreter, float"
         program = request.traced()
+        for sentence in program.cautions:
+            execution.warn(sentence)
     else:
         prepared = prepare(request, execution, keep_floats=keep_floats)
         kind, program = f"interpreter, recipe {prepared.recipe.name}", prepared.program

@@ -94,6 +94,10 @@ class Provenance(_Entry):
     pipeline: str
     calibration: dict[str, str | int] | None
     toolchain: dict[str, str]
+    arithmetic: dict[str, str] = Field(
+        default_factory=dict,
+        description="what the last bits of float sums came from: another make of CPU or BLAS gives other ones",
+    )
 
 
 class Manifest(_Entry):

@@ -3,8 +3,11 @@
 import errno
 import fcntl
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -14,19 +17,30 @@ from hikui.lowering.files import sync
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, so that of two runs which start at once the second sees the first."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class StagedFolder:
     """Makes a folder whole or not at all.
 
     While it is entered, `content` is what will become the folder and `scratch` is for temporary files. A process that
-    is killed leaves a hidden sibling behind, which the next one with the same destination removes: the lock that the
-    living hold on theirs tells them apart.
+    is killed leaves a hidden sibling behind, which the next one with the same destination removes. A living one holds
+    a lock on its own, and a second one beside it is refused.
 
     Args:
         destination: the folder to make.
         marker: a file whose presence says that an existing folder may be replaced.
 
     Raises:
-        HikuiError: the destination is something else than such a folder, or cannot be written.
+        HikuiError: the destination is something else than such a folder, cannot be written, or is being made.
     """
 
     def __init__(self, destination: Path, marker: str) -> None:
@@ -38,10 +52,11 @@ class StagedFolder:
         parent = self.destination.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            self._remove_stale()
-            self._root = Path(tempfile.mkdtemp(prefix=self._prefix, suffix=".partial", dir=parent))
-            self._lock = os.open(self._root, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            with _locked(parent):
+                self._remove_stale()
+                self._root = Path(tempfile.mkdtemp(prefix=self._prefix, suffix=".partial", dir=parent))
+                self._lock = os.open(self._root, os.O_RDONLY)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
             self.content = self._root / "content"
             self.scratch = self._root / "scratch"
             self.content.mkdir()
@@ -84,13 +99,18 @@ class StagedFolder:
             raise HikuiError(f"{at} holds something else than an artefact; choose another -o, or empty it.")
 
     def _remove_stale(self) -> None:
-        for stale in sorted(self.destination.parent.glob(f"{self._prefix}*.partial")):
+        for stale in sorted(self.destination.parent.iterdir()):
+            # tempfile's own letters, so that what `out.v2` has left is not taken for what `out` has.
+            if not re.fullmatch(rf"{re.escape(self._prefix)}[a-z0-9_]+\.partial", stale.name):
+                continue
             lock = os.open(stale, os.O_RDONLY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(stale, ignore_errors=True)
             except BlockingIOError:
-                continue
+                raise HikuiError(
+                    f"Another run is making {self.destination} at this moment; wait for it, or choose another -o."
+                ) from None
             finally:
                 os.close(lock)
 
@@ -99,7 +119,7 @@ class StagedFolder:
             for name in files:
                 sync(Path(folder) / name)
             sync(Path(folder))
-        # Two runs may have passed the check at the start.
+        # Somebody else may have put something there since the start.
         self._refuse_strangers()
         if self.destination.exists():
             self.destination.rename(self._root / "replaced")

@@ -6,9 +6,11 @@ saved is whole or absent: written beside, synced, renamed. With no folder nothin
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,6 +24,10 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.store import FileTensor
 
 _PART = 1 << 24
+_ROOT = Path(__file__).resolve().parents[2]
+_NUMERIC_ROOMS = ("lowering", "passes")
+_LIBRARIES = ("torch", "numpy", "scipy", "transformers", "tokenizers")
+_CODE = (".py", ".so", ".c", ".cc", ".h")
 
 
 @dataclass(frozen=True)
@@ -92,15 +98,16 @@ class Resume:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def run_key(program: Program, recipe: str, chunks: Iterable[Tensor]) -> str:
+def run_key(program: Program, recipe: str, chunks: Iterable[Tensor], passes: Iterable[type] = ()) -> str:
     """The key of a run: 32 hexadecimal digits over all that its result depends on.
 
     Args:
         program: as traced, before any pass.
         recipe: the resolved recipe.
         chunks: the calibration windows, int64.
+        passes: the classes of the recipe's passes, whose code counts wherever it comes from.
     """
-    digest = hashlib.sha256(f"{code_version()}\n{recipe}\n{program.config}\n".encode())
+    digest = hashlib.sha256(f"{code_version(passes)}\n{recipe}\n{program.config}\n".encode())
     for key in program.store.keys():
         source = program.store.source(key)
         digest.update(f"{key} {source.info.dtype} {source.info.shape}\n".encode())
@@ -128,18 +135,64 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-@cache
-def code_version() -> str:
-    """A hash of hikui's own sources that numbers depend on, and torch's version."""
-    root = Path(__file__).resolve().parents[2]
-    digest = hashlib.sha256(torch.__version__.encode())
-    for folder in ("lowering", "passes"):
-        sources = sorted((root / folder).rglob("*.py"))
-        if not sources:
-            raise HikuiError(
-                f"{root / folder} holds no sources, so finished work cannot be told from another version's; install "
-                "hikui anew, or run with --no-resume."
-            )
-        for path in sources:
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+def code_version(passes: Iterable[type] = ()) -> str:
+    """A hash of all code that numbers depend on: hikui's own, third parties' passes, and the libraries by version.
+
+    Args:
+        passes: classes of passes; those of hikui itself change nothing.
+
+    Raises:
+        HikuiError: the sources of some are not to be found.
+    """
+    digest = hashlib.sha256(_own_version().encode())
+    roots = {root: None for kind in passes for root in _foreign_roots(kind)}
+    for root in sorted(roots):
+        _hash_sources(digest, root)
     return digest.hexdigest()
+
+
+@cache
+def _own_version() -> str:
+    digest = hashlib.sha256()
+    for library in _LIBRARIES:
+        try:
+            digest.update(f"{library} {version(library)}\n".encode())
+        except PackageNotFoundError:
+            # An environment may bring a library without its metadata; what it then is cannot be told.
+            digest.update(f"{library}\n".encode())
+    for folder in _NUMERIC_ROOMS:
+        _hash_sources(digest, _ROOT / folder)
+    return digest.hexdigest()
+
+
+def _foreign_roots(kind: type) -> Iterator[Path]:
+    """Folders, or the single file, of the package that a class comes from; none for one of hikui's own."""
+    name, own = kind.__module__, __name__.partition(".")[0]
+    if name.partition(".")[0] == own:
+        return
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        module = sys.modules.get(".".join(parts[:end]))
+        # A namespace package is shared by strangers and has no file.
+        if module is not None and getattr(module, "__file__", None):
+            folders = getattr(module, "__path__", None)
+            yield from (Path(folder) for folder in folders) if folders else (Path(str(module.__file__)),)
+            return
+    raise HikuiError(
+        f"The pass {kind.__name__} comes from {name}, whose sources are not to be found, so finished work cannot be "
+        "told from another version's; run with --no-resume."
+    )
+
+
+def _hash_sources(digest: "hashlib._Hash", root: Path) -> None:
+    if root.is_dir():
+        sources = sorted(path for path in root.rglob("*") if path.suffix in _CODE and path.is_file())
+    else:
+        sources = [root] if root.is_file() else []
+    if not sources:
+        raise HikuiError(
+            f"{root} holds no sources, so finished work cannot be told from another version's; install it anew, or run "
+            "with --no-resume."
+        )
+    for path in sources:
+        digest.update(path.relative_to(root.parent).as_posix().encode() + b"\0" + path.read_bytes())

@@ -107,12 +107,14 @@ class Program:
         store: the weights that the graph's placeholders name.
         config: what a runner must know.
         tokenizer: folder with the tokenizer's files, if the model came with one.
+        cautions: what its user should know of how the model was read, a sentence each.
     """
 
     graph_module: fx.GraphModule
     store: WeightStore
     config: ModelConfig
     tokenizer: Path | None = None
+    cautions: tuple[str, ...] = ()
 
     @property
     def graph(self) -> fx.Graph:
@@ -168,7 +170,8 @@ class Program:
         created.meta = copy.copy(self.output_node.meta)
         for old, new in copies.items():
             new.meta = copy.copy(old.meta)
-        return Program(fx.GraphModule(torch.nn.Module(), graph), self.store.fork(), self.config, self.tokenizer)
+        module = fx.GraphModule(torch.nn.Module(), graph)
+        return Program(module, self.store.fork(), self.config, self.tokenizer, self.cautions)
 
     def add_weight(self, key: str, tensor: Tensor) -> fx.Node:
         """Stores a tensor and returns a new placeholder that names it."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.ir.program import Program
-from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
+from hikui.lowering.progress import Announce, Progress, Warn, no_announcement, no_progress, no_warning
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class PassContext:
         memory: bytes that a pass may need at its peak; None is what the machine has free.
         jobs: where independent work is done.
         announce: told what a pass is about to need.
+        warn: told what may make the result worse than its user expects.
     """
 
     calibration: Calibration | None = None
@@ -54,6 +55,7 @@ class PassContext:
     memory: int | None = None
     jobs: Jobs = field(default_factory=Jobs)
     announce: Announce = no_announcement
+    warn: Warn = no_warning
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import announce, debug, emit, progress, size
+from hikui.lowering.app.cli.console import announce, debug, emit, progress, size, warn
 
 
 def lower(
@@ -45,6 +45,7 @@ def lower(
             check_inputs=debug.get(),
             progress=step,
             announce=announce,
+            warn=warn,
         )
         artefact = make_artefact(request, output, target=target, backend=backend, execution=execution)
     manifest = artefact.manifest

@@ -40,6 +40,11 @@ def announce(sentence: str) -> None:
         typer.echo(sentence, err=True)
 
 
+def warn(sentence: str) -> None:
+    """A warning on stderr, wherever that goes."""
+    typer.echo(f"Warning: {sentence}", err=True)
+
+
 def emit(content: object) -> None:
     """JSON on stdout."""
     typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import debug, emit, progress, table
+from hikui.lowering.app.cli.console import debug, emit, progress, table, warn
 
 if TYPE_CHECKING:
     from hikui.lowering.app.runnable_model import RunnableModel
@@ -86,7 +86,7 @@ def evaluate(
     with progress() as step, evaluation.PeakMemory() as peak:
         runnable = open_runnable_model(
             request,
-            Execution(check_inputs=debug.get(), progress=step),
+            Execution(check_inputs=debug.get(), progress=step, warn=warn),
             emulate=emulate,
             keep_floats=layers,
         )
@@ -114,7 +114,7 @@ def evaluate(
         if against is not None:
             with progress() as step:
                 other = open_runnable_model(
-                    Request(against, None, tokenizer=tokenizer), Execution(progress=step), emulate=emulate
+                    Request(against, None, tokenizer=tokenizer), Execution(progress=step, warn=warn), emulate=emulate
                 )
                 report["against"] = _against(against, runnable, other, excerpts, step)
                 other.runner.close()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import debug, emit, progress, table
+from hikui.lowering.app.cli.console import debug, emit, progress, table, warn
 
 if TYPE_CHECKING:
     from hikui.lowering.ir.program import Program
@@ -172,8 +172,10 @@ def explain(
             report("trace", 0, 1)
             traced = request.traced()
             report("trace", 1, 1)
+            for sentence in traced.cautions:
+                warn(sentence)
         else:
-            prepared = prepare(request, Execution(check_inputs=debug.get(), progress=report))
+            prepared = prepare(request, Execution(check_inputs=debug.get(), progress=report, warn=warn))
             traced = prepared.traced
         named = Pipeline(parse_pipeline("canonicalise", available.values())).run(traced, PassContext())
         findings = find(named)

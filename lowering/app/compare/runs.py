@@ -199,11 +199,12 @@ def keys(traced: Program, runs: Sequence[Run]) -> list[str]:
         "context": reading.context,
     }
     calibration = "" if reading.calibration is None else sha256(reading.calibration)
-    keys = []
+    known, keys = available_passes(), []
     for run in runs:
         subject = {
             "label": run.label,
-            "recipe": "" if run.recipe is None else run.recipe.resolved(available_passes()),
+            "recipe": "" if run.recipe is None else run.recipe.resolved(known),
+            "passes": "" if run.recipe is None else code_version(type(step) for step in run.recipe.build(known)),
             "artefact": sha256(Path(run.model) / MANIFEST) if is_artefact(Path(run.model)) else "",
             "calibration": calibration if run.calibrates else "",
             "seed": run.seed,

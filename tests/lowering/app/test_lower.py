@@ -21,8 +21,11 @@ from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact, inventory
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Packed
+from hikui.lowering.ir.program import Program
+from hikui.lowering.pipeline.contract import PassContext, PassResult
 from hikui.lowering.trace import trace
 from hikui.passes.quantise.packer import Packer
+from hikui.passes.quantise.rtn import Rtn
 
 
 def lower_command(model: Path, output: Path, *options: str) -> list[str]:
@@ -212,3 +215,29 @@ def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories
     with pytest.raises(HikuiError, match=r"It needs about .* and 0.00 GB of memory are there; use fewer"):
         lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, execution=Execution(memory=1000))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_user_should_know_is_told_once_and_reported(
+    tiny: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = Request.traced
+
+    def with_caution(self: Request, **options: Any) -> Program:
+        program = traced(self, **options)
+        program.cautions = ("It is not what it seems.",)
+        return program
+
+    run = Rtn.run
+
+    def warning(self: Rtn, program: Program, context: PassContext) -> PassResult:
+        for _ in range(2):
+            context.warn("A site is lost <em>.")
+        return run(self, program, context)
+
+    monkeypatch.setattr(Request, "traced", with_caution)
+    monkeypatch.setattr(Rtn, "run", warning)
+    told: list[str] = []
+    artefact = lower(tiny, tmp_path / "out", execution=Execution(warn=told.append))
+    assert told == ["It is not what it seems.", "A site is lost <em>."]
+    assert json.loads((artefact.directory / "report.json").read_text())["warnings"] == told
+    assert "<li>A site is lost &lt;em&gt;.</li>" in (artefact.directory / "report.html").read_text()

@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
 
 _HANG = """
 import sys, time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from hikui.lowering.artefact.staging import StagedFolder
 with StagedFolder(Path(sys.argv[1]), "manifest.json") as staged:
@@ -87,26 +91,48 @@ with StagedFolder(Path(sys.argv[1]), "manifest.json") as staged:
 """
 
 
-def test_what_a_killed_run_leaves_is_removed_by_the_next_but_not_a_living_ones(tmp_path: Path) -> None:
-    destination = tmp_path / "out"
-    killed, alive = (
+@contextmanager
+def living(*destinations: Path) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Other processes in the middle of making these folders."""
+    processes = [
         subprocess.Popen([sys.executable, "-c", _HANG, str(destination)], stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    )
+        for destination in destinations
+    ]
     try:
-        for process in (killed, alive):
+        for process in processes:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_what_a_killed_run_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
+    destination = tmp_path / "out"
+    with living(destination) as (killed,):
         killed.send_signal(signal.SIGKILL)
         killed.wait()
         assert not destination.exists()
-        assert len(siblings(destination)) == 2
-        stage(destination)
-        assert (destination / MARKER).read_text() == "new"
         assert len(siblings(destination)) == 1
-    finally:
-        for process in (killed, alive):
-            process.kill()
-            process.communicate()
-    stage(destination)
+        stage(destination)
+    assert (destination / MARKER).read_text() == "new"
     assert siblings(destination) == []
+
+
+def test_a_second_run_on_the_same_folder_is_refused_and_disturbs_nothing(tmp_path: Path) -> None:
+    destination = tmp_path / "out"
+    with living(destination):
+        before = siblings(destination)
+        with pytest.raises(HikuiError, match=r"Another run is making .*/out at this moment; wait for it, or choose"):
+            stage(destination)
+        assert siblings(destination) == before
+        assert not destination.exists()
+
+
+def test_a_run_beside_one_with_a_longer_name_of_the_same_beginning_is_not_refused(tmp_path: Path) -> None:
+    with living(tmp_path / "out.v2"):
+        stage(tmp_path / "out")
+        assert len(list(tmp_path.glob(".out.v2.*.partial"))) == 1
+    assert (tmp_path / "out" / MARKER).read_text() == "new"
