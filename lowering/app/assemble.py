@@ -9,6 +9,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from hikui import __version__
 from hikui.lowering.artefact import manifest as artefacts
@@ -17,9 +18,10 @@ from hikui.lowering.artefact.arithmetic import arithmetic
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats import LEAST_SCALE
 from hikui.lowering.ir import dialect, sizes
 from hikui.lowering.ir.interpreter import ReferenceRunner
-from hikui.lowering.ir.program import Program
+from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import FileTensor
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass
@@ -36,6 +38,9 @@ _TOOLS = (
 )  # fmt: skip
 _ROOM = 64_000_000
 """Bytes that libraries, tokenizer and the compilers' temporary files may take beside the weights."""
+
+_LOST_ROWS = 0.5
+"""Share of a cache's rows without a scale from which on it is refused: single tokens may well have no values."""
 
 _REFERENCE_PROMPT, _REFERENCE_STEPS = 6, 3
 _REFERENCE_TEXT = "Once upon a time there was a little house at the edge of a wood, and in it lived an old man."
@@ -194,7 +199,31 @@ def reference_numbers(program: Program) -> artefacts.Reference:
     runner = ReferenceRunner(program, keep_weights=False)
     rows = [runner.forward(tokens[:prompt], 0)]
     rows += [runner.forward(tokens[at : at + 1], at) for at in range(prompt, count)]
+    refuse_vanished_caches(config, runner.caches, count)
     return artefacts.Reference(tokens, prompt, np.concatenate(rows))
+
+
+def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens: int) -> None:
+    """Looks whether a quantised cache holds anything: a half-precision scale has nothing below 2⁻²⁴.
+
+    Args:
+        config: the program's.
+        caches: after so many tokens of real text, in the order of `ModelConfig.cache_tensors`.
+        tokens: as said.
+
+    Raises:
+        HikuiError: the scales of most of a layer's keys or values are lost.
+    """
+    for tensor, cache in zip(config.cache_tensors(), caches, strict=True):
+        side, is_scale, layer = tensor.kind.partition("_scale_")
+        if not is_scale:
+            continue
+        lost = float((cache[..., :tokens].float().abs() < LEAST_SCALE).float().mean())
+        if lost > _LOST_ROWS:
+            raise HikuiError(
+                f"The {side}s of layer {layer} are so small that half-precision scales hold "
+                f"{100 * (1 - lost):.0f} % of them; lower without kv_cache."
+            )
 
 
 def checkpoint_hashes(program: Program) -> dict[str, str]:

@@ -7,7 +7,16 @@ docs/architecture.md has the layout in a table.
 
 from hikui.lowering.formats.activations import activation_k, quantize_activation, quantize_activation_static
 from hikui.lowering.formats.cache import CODE_TYPES, cache_format, dequantize_cache, quantize_cache
-from hikui.lowering.formats.format import ACTIVATION_PADDING, GROUPS, MIXED, ROWS, SUM_WIDTH, Format, Segment
+from hikui.lowering.formats.format import (
+    ACTIVATION_PADDING,
+    GROUPS,
+    LEAST_SCALE,
+    MIXED,
+    ROWS,
+    SUM_WIDTH,
+    Format,
+    Segment,
+)
 from hikui.lowering.formats.kinds import FP4, KINDS, NF4, Kind
 from hikui.lowering.formats.packing import Packed, pack, unpack, unpack_codes, unpack_scale
 
@@ -17,6 +26,7 @@ __all__ = [
     "FP4",
     "GROUPS",
     "KINDS",
+    "LEAST_SCALE",
     "MIXED",
     "NF4",
     "ROWS",

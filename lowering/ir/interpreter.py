@@ -132,6 +132,11 @@ class ReferenceRunner:
     def reset(self) -> None:
         self._caches = self._interpreter.new_caches()
 
+    @property
+    def caches(self) -> tuple[Tensor, ...]:
+        """What the tokens so far have left, in the order of `ModelConfig.cache_tensors`."""
+        return tuple(self._caches)
+
     def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
         """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache."""
         # Handed over one by one: a long context's caches are the most that a large model takes, and not twice.

@@ -19,6 +19,7 @@ from hikui.passes.graph import (
     replace,
 )
 from hikui.passes.matrices import load_finite, row_parts
+from hikui.passes.quantise.underflow import refuse_underflow
 
 
 def pack_by_rows(
@@ -73,6 +74,9 @@ def replace_with_packed(
         fmt: the format.
         packed: the matrix.
         x: what the new node reads, if it is not what the old one read.
+
+    Raises:
+        HikuiError: float16 is too coarse for its scales or values.
     """
     weight = node.args[1]
     assert is_weight(weight)
@@ -93,6 +97,7 @@ def replace_with_packed(
     if SITE in node.meta:
         node.meta[FORMAT] = str(fmt)
     keep_site(node, linear)
+    refuse_underflow(program, linear, stored, str(node.meta.get(SITE, stored)))
     replace(node, linear)
     # A site's matrices leave holes in the heap: of a 7B model's 225, 2 GB that nothing else fits into.
     give_back()

@@ -177,8 +177,21 @@ def factors(residual: Tensor, covariance: Tensor, rank: int) -> tuple[Tensor, Te
     u, s, v = _leading_svd(whitened, rank)
     unwhitened = v / root if covariance.dim() == 1 else v @ (vectors / values) @ vectors.t()
     balance = s.sqrt()
-    down, up = balance.unsqueeze(1) * unwhitened, u * balance
+    down, up = _alike(balance.unsqueeze(1) * unwhitened, u * balance)
     return down.to(torch.float16).float(), up.to(torch.float16).float()
+
+
+def _alike(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with the largest entries of each pair of a row and a column within a factor of two.
+
+    Where inputs are large or small the whitening leaves one of them beyond what float16 holds. Powers of two change no
+    digit.
+    """
+    largest = (down.abs().amax(1), up.abs().amax(0))
+    known = (largest[0] > 0) & (largest[1] > 0)
+    ratio = torch.where(known, largest[1] / torch.where(known, largest[0], 1.0), 1.0)
+    shift = torch.exp2((0.5 * ratio.log2()).round())
+    return down * shift.unsqueeze(1), up / shift
 
 
 def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -57,6 +57,21 @@ def test_factors_are_the_best_of_their_rank(n: int, k: int, rank: int, full: boo
     assert left >= least * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("size", [2.0**-64, 2.0**64])
+def test_factors_are_as_good_for_inputs_of_any_size(size: float, full: bool) -> None:
+    residual = random(20, 30, seed=1).double()
+    x = random(200, 30, seed=2).double()
+    covariance = x.t() @ x / 200
+    usual, scaled = covariance, covariance * size
+    if not full:
+        usual, scaled = usual.diagonal(), scaled.diagonal()
+    down, up = factors(residual, scaled, 4)
+    wanted = factors(residual, usual, 4)
+    product = wanted[1].double() @ wanted[0].double()
+    assert float((up.double() @ down.double() - product).norm()) < 1e-3 * float(product.norm())
+
+
 def test_large_matrices_take_the_iterated_svd() -> None:
     matrix = random(530, 600, seed=3).double()
     u, s, v = _leading_svd(matrix, 5)
