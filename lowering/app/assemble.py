@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import gettempdir
@@ -25,6 +25,7 @@ from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
 from hikui.lowering.pipeline.run import StepRecord
 from hikui.lowering.progress import Progress
+from hikui.lowering.trace import Fidelity
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
@@ -56,6 +57,7 @@ class Prepared:
         calibration: what they were calibrated on, for the manifest.
         floats: the last program in which every site was still float: what the packed matrices stand for, transforms
             such as rotations folded in; None where it was not kept.
+        fidelity: what the traced program was compared with the model itself on.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Prepared:
     records: tuple[StepRecord, ...]
     calibration: dict[str, str | int] | None
     floats: Program | None = None
+    fidelity: Fidelity | None = None
 
 
 def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
@@ -149,6 +152,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
             recipe=chosen.name,
             pipeline=",".join(map(str, prepared.passes)),
             calibration=prepared.calibration,
+            trace=None if prepared.fidelity is None else artefacts.TraceEntry(**asdict(prepared.fidelity)),
             toolchain=toolchain(),
         ),
         files=files,

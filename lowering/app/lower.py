@@ -101,7 +101,7 @@ def prepare(
             "with --calibration TEXT_FILE."
         )
     execution.progress("trace", 0, 1)
-    traced = request.traced(scratch=scratch)
+    traced, fidelity = request.compared(scratch=scratch)
     execution.progress("trace", 1, 1)
     data = None if path is None else read_calibration(traced, path, chosen.calibration)
     keep = _KeepCanonical(keep_floats)
@@ -134,6 +134,7 @@ def prepare(
         tuple(pipeline.records),
         None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
         keep.floats,
+        fidelity,
     )
 
 

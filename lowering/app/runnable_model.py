@@ -59,7 +59,7 @@ def open_runnable_model(
     prepared = None
     if request.recipe is None:
         kind = "interpreter, float"
-        program = request.traced()
+        program, _ = request.compared()
     else:
         prepared = prepare(request, execution, keep_floats=keep_floats)
         kind, program = f"interpreter, recipe {prepared.recipe.name}", prepared.program

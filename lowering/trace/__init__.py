@@ -29,10 +29,11 @@ from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import MemoryTensor, TensorSource, WeightStore
 from hikui.lowering.trace.blocks import assign_blocks
 from hikui.lowering.trace.convert import convert
+from hikui.lowering.trace.fidelity import Fidelity, compare, own_model
 from hikui.lowering.trace.source import OpenModel, open_model
 from hikui.lowering.trace.wrapper import IMPLEMENTATION, Decoder, register
 
-__all__ = ["trace"]
+__all__ = ["Fidelity", "trace", "trace_and_compare"]
 
 
 def trace(
@@ -60,7 +61,35 @@ def trace(
         HikuiError: The checkpoint is damaged or the model cannot be traced; names the tensor, or module and line.
         UsageError: The context is not one that the model admits.
     """
-    opened = open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    return _traced(_open(model), context, scratch, tokenizer, finite)
+
+
+def trace_and_compare(
+    model: str | Path | nn.Module,
+    *,
+    context: int | None = None,
+    scratch: Path | None = None,
+    tokenizer: str | Path | None = None,
+    finite: bool = True,
+) -> tuple[Program, Fidelity]:
+    """As `trace`, and holds the program to the model's own logits.
+
+    Raises:
+        HikuiError: also where the program's logits are not the model's, or not finite.
+    """
+    opened = _open(model)
+    own = own_model(opened)
+    program = _traced(opened, context, scratch, tokenizer, finite)
+    return program, compare(program, own, opened.sources)
+
+
+def _open(model: str | Path | nn.Module) -> OpenModel:
+    return open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+
+
+def _traced(
+    opened: OpenModel, context: int | None, scratch: Path | None, tokenizer: str | Path | None, finite: bool
+) -> Program:
     length = opened.context(context)
     decoder, caches = _prepare(opened, length)
     exported = _export(decoder, opened, caches)

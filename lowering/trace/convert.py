@@ -1,5 +1,6 @@
 """Turns what `torch.export` gives into the graph of a program: the calling convention, without what does nothing."""
 
+import operator
 import re
 import sys
 from collections.abc import Mapping
@@ -81,6 +82,8 @@ def convert(exported: ExportedProgram, keys: Mapping[str, str], inputs: tuple[st
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(graph, node)
+    graph.eliminate_dead_code()
+    _take_rows_at_positions(graph)
     graph.eliminate_dead_code()
     folded = _fold_constants(graph, tensors)
     graph.eliminate_dead_code()
@@ -168,6 +171,38 @@ def _is_inert(node: fx.Node) -> bool:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(probability == 0)
     return False
+
+
+def _take_rows_at_positions(graph: fx.Graph) -> None:
+    """Rows of a table that are counted from the end of the keys are taken at the tokens' positions instead.
+
+    A model that slices a mask of its own, `bias[keys - queries : keys]`, means the last tokens that were seen. With a
+    cache of the whole context, `keys` is C whatever was seen: the rows past…past+T−1 are meant.
+    """
+    inputs = {
+        node.meta["hikui.input"]: node for node in graph.find_nodes(op="placeholder") if "hikui.input" in node.meta
+    }
+    past, context = inputs["past"], int(inputs["key_cache_0"].meta["val"].shape[2])
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        table, dim, start, end = (*node.args, *(None,) * 4)[:4]
+        count = _difference_from(context, start)
+        if count is None or end != context or table.op != "placeholder" or WEIGHT not in table.meta:
+            continue
+        with graph.inserting_before(node):
+            arange = graph.call_function(aten.arange.default, (count,))
+            positions = graph.call_function(aten.add.Tensor, (past, arange))
+            rows = graph.call_function(aten.index_select.default, (table, dim, positions))
+        for made in (arange, positions, rows):
+            made.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        node.replace_all_uses_with(rows)
+        graph.erase_node(node)
+
+
+def _difference_from(context: int, start: object) -> fx.Node | None:
+    """The T of a node that computes C − T."""
+    if not isinstance(start, fx.Node) or start.target is not operator.sub or start.args[0] != context:
+        return None
+    return start.args[1] if isinstance(start.args[1], fx.Node) else None
 
 
 def _strip_path(node: fx.Node, root: str = "model") -> None:
