@@ -9,6 +9,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from hikui import __version__
 from hikui.lowering.artefact import manifest as artefacts
@@ -17,6 +18,7 @@ from hikui.lowering.artefact.target import Target
 from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir import dialect, sizes
+from hikui.lowering.ir.finite import require_finite_logits
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.store import FileTensor
@@ -179,6 +181,8 @@ def require_room(directory: Path, weights: int) -> None:
 def reference_numbers(program: Program) -> artefacts.Reference:
     """What the lowered program gives in the interpreter for the start of a fixed sentence.
 
+    Raises HikuiError where they are not finite.
+
     Plain text rather than arbitrary tokens, because models are calmer on what they know: fewer activations lie on the
     edge between two roundings. Without a tokenizer the tokens are drawn with a fixed seed.
     """
@@ -193,7 +197,11 @@ def reference_numbers(program: Program) -> artefacts.Reference:
     runner = ReferenceRunner(program, keep_weights=False)
     rows = [runner.forward(tokens[:prompt], 0)]
     rows += [runner.forward(tokens[at : at + 1], at) for at in range(prompt, count)]
-    return artefacts.Reference(tokens, prompt, np.concatenate(rows))
+    logits = np.concatenate(rows)
+    require_finite_logits(
+        program, torch.from_numpy(tokens)[None], torch.from_numpy(logits), "The lowered program gives"
+    )
+    return artefacts.Reference(tokens, prompt, logits)
 
 
 def checkpoint_hashes(program: Program) -> dict[str, str]:
