@@ -87,7 +87,7 @@ class SizesEntry(_Entry):
 class TraceEntry(_Entry):
     """How the traced program was compared with the model's own float logits, before any pass."""
 
-    prompts: tuple[int, ...] = Field(description="lengths in tokens; the last two of each went in singly")
+    prompts: tuple[int, ...] = Field(description="lengths in tokens; two of each went in singly")
     blocks: int = Field(description="how many blocks took part, from the first on, beside the head")
     of: int = Field(description="how many blocks the model has")
     largest_difference: float = Field(description="of logits relative to their spread, rounded up to a power of ten")

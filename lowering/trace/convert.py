@@ -99,12 +99,7 @@ def _read_signature(
     exported: ExportedProgram, keys: Mapping[str, str], inputs: tuple[str, ...]
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Marks the placeholders: weights get their key, inputs their name. Gives parameter keys and real tensors."""
-    for output in exported.graph_signature.output_specs:
-        if output.kind is not OutputKind.USER_OUTPUT:
-            raise HikuiError(
-                f"The model cannot be traced: it changes '{keys.get(output.target or '', output.target)}' while it "
-                f"runs ({output.kind.name.lower()}), and only the caches may carry state."
-            )
+    _drop_unread_state(exported, keys)
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, fx.Node] = {}
     names = iter(inputs)
@@ -129,6 +124,31 @@ def _read_signature(
     return tuple(parameters), tensors
 
 
+def _drop_unread_state(exported: ExportedProgram, keys: Mapping[str, str]) -> None:
+    """Leaves out what is written into buffers that are always written before they are read: it carries no state.
+
+    Raises:
+        HikuiError: a buffer carries something from one call to the next.
+    """
+    buffers = {
+        spec.target: node
+        for spec, node in zip(
+            exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
+        )
+    }
+    output = exported.graph.output_node()
+    kept = []
+    for spec, value in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            kept.append(value)
+        elif spec.kind is not OutputKind.BUFFER_MUTATION or buffers[spec.target].users:
+            raise HikuiError(
+                f"The model cannot be traced: it changes '{keys.get(spec.target or '', spec.target)}' while it runs, "
+                "and only the key-value caches may carry something from one step to the next."
+            )
+    output.args = (tuple(kept),)
+
+
 def describe(node: fx.Node) -> str:
     """Where a node comes from: its name, its op, its module and its source line, as far as known."""
     parts = [f"node '{node.name}' ({node.target})"]
@@ -146,6 +166,15 @@ def _source_line(node: fx.Node) -> str:
     return ":".join(lines[-1]) if lines else ""
 
 
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether an op of the graph writes into its operand."""
+    return any(_writes(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def _writes(target: object) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target is not aten.detach_.default
+
+
 def _check_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -157,7 +186,7 @@ def _check_ops(graph: fx.Graph) -> None:
             )
         if not isinstance(target, OpOverload):
             continue
-        if target._schema.is_mutable and target is not aten.detach_.default:
+        if _writes(target):
             raise HikuiError(f"The model cannot be traced: {describe(node)} writes into its operand.")
         if torch.Tag.nondeterministic_seeded in target.tags and not _is_inert(node):
             raise HikuiError(f"The model cannot be traced: {describe(node)} draws random numbers.")

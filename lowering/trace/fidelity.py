@@ -43,7 +43,7 @@ _BEYOND = 5
 """Tokens of a prompt beyond a window."""
 
 _STEPS = 2
-"""Tokens at the end of each prompt that go in singly."""
+"""Tokens of each prompt that go in singly: the last ones, or those around the window."""
 
 _NOISE = 1e-5
 """Relative difference of hidden states from which a block counts as differing, once logits have shown a difference."""
@@ -59,7 +59,7 @@ class Fidelity:
     """What was compared.
 
     Attributes:
-        prompts: lengths in tokens; the last two tokens of each went in singly.
+        prompts: lengths in tokens; two tokens of each went in singly, across the largest window or last.
         blocks: how many of the model's blocks, from the first on; those left out are of the same kinds as these.
         of: how many the model has.
         largest_difference: of the logits relative to their spread, rounded up to a power of ten.
@@ -98,24 +98,30 @@ def compare(program: Program, own: nn.Module, sources: Mapping[str, TensorSource
     if large and (count := different_blocks(program)) < total and (cut := shortened(program, count)) is not None:
         blocks, part = count, cut
         shorten(own, program, count)
-    lengths = prompt_lengths(own, program.config.context_length)
+    context = program.config.context_length
+    lengths, window = prompt_lengths(own, context), largest_window(own, context)
     with torch.no_grad(), _quiet():
         if large:
             load_when_called(own, sources)
         else:
             part = _in_memory(part, own, sources)
-        found = _Comparison(part, own, large)
+        found = _Comparison(part, own, large, window)
         largest = max(found.run(tokens) for tokens in _prompts(own, program, lengths))
     return Fidelity(lengths, blocks, total, _power_of_ten(largest))
 
 
 def prompt_lengths(model: nn.Module, context: int) -> tuple[int, ...]:
     """Lengths of the prompts to compare: short ones, and one beyond the largest window that lies within the context."""
+    window = largest_window(model, context)
+    beyond = [window + _BEYOND] if window else []
+    return tuple(sorted({min(length, context) for length in (*_LENGTHS, *beyond)}))
+
+
+def largest_window(model: nn.Module, context: int) -> int:
+    """The largest window that a model's config names and that is shorter than the context; 0 where there is none."""
     config: Any = getattr(model, "config", None)
     named = config.to_dict() if hasattr(config, "to_dict") else {}
-    within = [window for window in _windows(named) if window < context]
-    beyond = [max(within) + _BEYOND] if within else []
-    return tuple(sorted({min(length, context) for length in (*_LENGTHS, *beyond)}))
+    return max((window for window in _windows(named) if window < context), default=0)
 
 
 def _windows(config: object, name: str = "") -> Iterator[int]:
@@ -153,19 +159,23 @@ def _in_memory(program: Program, own: nn.Module, sources: Mapping[str, TensorSou
 class _Comparison:
     """A program and its model, prompt by prompt."""
 
-    def __init__(self, program: Program, own: nn.Module, large: bool) -> None:
+    def __init__(self, program: Program, own: nn.Module, large: bool, window: int = 0) -> None:
+        self._window = window
         self._program, self._own, self._large = program, own, large
+        self._agreed = 0
 
     def run(self, tokens: Tensor) -> float:
         """The largest difference of the logits of a prompt, relative to their spread."""
         length = tokens.shape[1]
-        pieces = [length - _STEPS, *[1] * _STEPS] if length > _STEPS else [1] * length
+        pieces = _pieces(length, self._window)
         want = self._logits(self._own(input_ids=tokens, use_cache=False, return_dict=True))
         require_finite_logits(self._program, tokens, want, "The model itself gives")
         got = self._program_logits(tokens, pieces)
         difference = self._relative(got, want, tokens, pieces, "its own forward")
         own = self._decoded(tokens, pieces)
-        return max(difference, self._relative(got, own, tokens, pieces, "its own cached decoding"))
+        difference = max(difference, self._relative(got, own, tokens, pieces, "its own cached decoding"))
+        self._agreed = length
+        return difference
 
     @staticmethod
     def _logits(result: Any) -> Tensor:
@@ -197,9 +207,10 @@ class _Comparison:
         if difference <= TOLERANCE:
             return difference
         where = self._first_difference(tokens, pieces)
+        agreed = f" (up to {self._agreed} tokens they agree)" if self._agreed else ""
         raise HikuiError(
             f"The traced program is not the model: for {tokens.shape[1]} tokens its logits differ from those of "
-            f"{what} by {difference:.1e} of their spread, and {where}; the model cannot be lowered as it is."
+            f"{what} by {difference:.1e} of their spread{agreed}, and {where}; the model cannot be lowered as it is."
         )
 
     def _first_difference(self, tokens: Tensor, pieces: list[int]) -> str:
@@ -237,6 +248,14 @@ class _Comparison:
         for handle in handles:
             handle.remove()
         return found
+
+
+def _pieces(length: int, window: int) -> list[int]:
+    """How a prompt goes in: most of it at once, then single tokens, which cross the window where it is longer."""
+    if _STEPS < window < length:
+        rest = length - window - 1
+        return [window - 1, *[1] * _STEPS, *([rest] if rest else [])]
+    return [length - _STEPS, *[1] * _STEPS] if length > _STEPS else [1] * length
 
 
 def _difference(got: Tensor, want: Tensor) -> float:

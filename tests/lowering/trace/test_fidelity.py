@@ -222,3 +222,61 @@ def test_comparing_leaves_the_module_as_it_was(traced: Traced) -> None:
     assert all(torch.equal(before[name], value) for name, value in traced.model.state_dict().items())
     assert not any(module._forward_hooks for module in traced.model.modules())
     assert torch.equal(float_logits(traced.model, traced.tokens), traced.logits)
+
+
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [2.0] * 6, "rope_theta": 1e4,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("olmo", {"clip_qkv": 0.1}),
+        ("falcon", {}),
+        ("phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONG}),
+        ("llama", {"rope_parameters": DYNAMIC}),
+    ],
+)
+def test_ops_that_write_and_angles_that_rest(family: str, options: dict[str, Any]) -> None:
+    model = wide(family, **options)
+    program, _ = trace_and_compare(model, context=32)
+    tokens = random_tokens(TINY_VOCABULARY, 32)
+    want = float_logits(model, tokens)
+    got = run_in_steps(program, tokens, [20, 3, *[1] * 9])
+    assert (got - want).abs().max() <= 1e-5 * (want.max() - want.min())
+
+
+def test_angles_that_change_with_the_length_are_refused_beyond_it() -> None:
+    model = wide("phi3", original_max_position_embeddings=32, rope_parameters=LONG)
+    with pytest.raises(HikuiError, match=r"for 37 tokens .* \(up to 4 tokens they agree\), and block 0"):
+        trace_and_compare(model)
+
+
+def test_a_write_that_others_see_through_a_view_is_kept() -> None:
+    class Viewing(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x).clone()
+            half = y[..., :7]
+            half.mul_(2)
+            y[..., 4:7].add_(half[..., :3])
+            y[..., 10:13].add_(half[..., 4:7])
+            return y
+
+    model = tiny_model("llama")
+    projection: Any = model.get_submodule("model.layers.1.self_attn.o_proj")
+    projection.__class__ = Viewing
+    program, _ = trace_and_compare(model)
+    tokens = random_tokens(TINY_VOCABULARY, 20)
+    want = float_logits(model, tokens)
+    assert (run_in_steps(program, tokens, [11, 1, 8]) - want).abs().max() <= 1e-5 * (want.max() - want.min())
+
+
+def wide(family: str, **options: Any) -> nn.Module:
+    config = AutoConfig.for_model(
+        family, vocab_size=TINY_VOCABULARY, hidden_size=48, intermediate_size=92, num_hidden_layers=2, pad_token_id=0,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=TINY_CONTEXT, **options,
+    )  # fmt: skip
+    return strong(AutoModelForCausalLM.from_config(config))
