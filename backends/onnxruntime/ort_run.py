@@ -169,7 +169,11 @@ def _first_line(error: Exception) -> str:
 def generate(
     model: OrtModel, prompt: list[int], max_new_tokens: int, stop: frozenset[int]
 ) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
-    """Greedy continuation without the token that ends it; returns the report and each step's logits, [N, V]."""
+    """Greedy continuation without the token that ends it; returns the report and each step's logits, [N, V].
+
+    Raises:
+        LoadError: logits are not finite.
+    """
     tokens: list[int] = []
     rows: list[npt.NDArray[np.float32]] = []
     fed, past, first = prompt, 0, 0.0
@@ -177,6 +181,10 @@ def generate(
     while len(tokens) < max_new_tokens and past + len(fed) <= model.context_length:
         rows.append(model.forward(np.array(fed, np.int64), past)[-1])
         past += len(fed)
+        if not np.isfinite(rows[-1]).all():
+            raise LoadError(
+                f"After {past} tokens the model gives logits that are not finite, so there is no next token."
+            )
         fed = [int(rows[-1].argmax())]
         if len(rows) == 1:
             first = time.perf_counter() - started

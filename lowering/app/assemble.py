@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hikui import __version__
@@ -20,6 +21,7 @@ from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE
 from hikui.lowering.ir import dialect, sizes
+from hikui.lowering.ir.finite import require_finite_logits
 from hikui.lowering.ir.interpreter import ReferenceRunner
 from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import FileTensor
@@ -28,6 +30,7 @@ from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
 from hikui.lowering.pipeline.run import StepRecord
 from hikui.lowering.progress import Progress
+from hikui.lowering.trace import Fidelity
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
@@ -63,6 +66,7 @@ class Prepared:
         floats: the last program in which every site was still float: what the packed matrices stand for, transforms
             such as rotations folded in; None where it was not kept.
         warnings: what may make the result worse than its user expects, a sentence each.
+        fidelity: what the traced program was compared with the model itself on.
     """
 
     name: str
@@ -76,6 +80,7 @@ class Prepared:
     calibration: dict[str, str | int] | None
     floats: Program | None = None
     warnings: tuple[str, ...] = ()
+    fidelity: Fidelity | None = None
 
 
 def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
@@ -158,6 +163,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
             recipe=chosen.name,
             pipeline=",".join(map(str, prepared.passes)),
             calibration=prepared.calibration,
+            trace=None if prepared.fidelity is None else artefacts.TraceEntry(**asdict(prepared.fidelity)),
             toolchain=toolchain(),
             arithmetic=arithmetic(),
         ),
@@ -185,6 +191,8 @@ def require_room(directory: Path, weights: int) -> None:
 def reference_numbers(program: Program) -> artefacts.Reference:
     """What the lowered program gives in the interpreter for the start of a fixed sentence.
 
+    Raises HikuiError where they are not finite.
+
     Plain text rather than arbitrary tokens, because models are calmer on what they know: fewer activations lie on the
     edge between two roundings. Without a tokenizer the tokens are drawn with a fixed seed.
     """
@@ -199,8 +207,12 @@ def reference_numbers(program: Program) -> artefacts.Reference:
     runner = ReferenceRunner(program, keep_weights=False)
     rows = [runner.forward(tokens[:prompt], 0)]
     rows += [runner.forward(tokens[at : at + 1], at) for at in range(prompt, count)]
+    logits = np.concatenate(rows)
+    require_finite_logits(
+        program, torch.from_numpy(tokens)[None], torch.from_numpy(logits), "The lowered program gives"
+    )
     refuse_vanished_caches(config, runner.caches, count)
-    return artefacts.Reference(tokens, prompt, np.concatenate(rows))
+    return artefacts.Reference(tokens, prompt, logits)
 
 
 def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens: int) -> None:

@@ -109,7 +109,7 @@ def prepare(
             execution.warn(sentence)
 
     execution.progress("trace", 0, 1)
-    traced = request.traced(scratch=scratch)
+    traced, fidelity = request.compared(scratch=scratch)
     execution.progress("trace", 1, 1)
     for sentence in traced.cautions:
         warn(sentence)
@@ -149,6 +149,7 @@ def prepare(
         None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
         keep.floats,
         tuple(warnings),
+        fidelity,
     )
 
 

@@ -11,7 +11,7 @@ from hikui.lowering.pipeline import recipe as recipes
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
 from hikui.lowering.progress import Announce, Progress, Warn, no_announcement, no_progress, no_warning
-from hikui.lowering.trace import trace
+from hikui.lowering.trace import Fidelity, trace, trace_and_compare
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,6 +79,14 @@ class Request:
             HikuiError: the model cannot be opened or traced.
         """
         return trace(self.source, context=self.context, scratch=scratch, tokenizer=self.tokenizer, finite=finite)
+
+    def compared(self, *, scratch: Path | None = None) -> tuple[Program, Fidelity]:
+        """As `traced`, the program held to the logits of the model itself, and how far it was.
+
+        Raises:
+            HikuiError: the model cannot be opened or traced, or the trace is not the model.
+        """
+        return trace_and_compare(self.source, context=self.context, scratch=scratch, tokenizer=self.tokenizer)
 
     def loaded_recipe(self) -> Recipe:
         """The recipe, its budget set to the one that is asked for; see `load_recipe`."""

@@ -59,7 +59,7 @@ def open_runnable_model(
     prepared = None
     if request.recipe is None:
         kind = "interpreter, float"
-        program = request.traced()
+        program, _ = request.compared()
         for sentence in program.cautions:
             execution.warn(sentence)
     else:

@@ -80,7 +80,7 @@ def stream(
     """The new tokens one by one, up to `max_new_tokens`, a token of `stop`, or a full cache.
 
     Raises:
-        HikuiError: the prompt is empty or longer than the cache.
+        HikuiError: the prompt is empty or longer than the cache, or logits are not finite.
     """
     if not prompt:
         raise HikuiError("The prompt has no tokens and the model has no BOS token; give a longer prompt.")
@@ -97,6 +97,10 @@ def stream(
             return
         logits = runner.forward(step, past)
         past += step.size
+        if not np.isfinite(logits[-1]).all():
+            raise HikuiError(
+                f"After {past} tokens the model gives logits that are not finite, so there is no next token."
+            )
         token = choose(logits[-1])
         if token in stop:
             return

@@ -84,6 +84,15 @@ class SizesEntry(_Entry):
     true_bpw: float = Field(description="bits per weight over the linear sites, the head among them")
 
 
+class TraceEntry(_Entry):
+    """How the traced program was compared with the model's own float logits, before any pass."""
+
+    prompts: tuple[int, ...] = Field(description="lengths in tokens; two of each went in singly")
+    blocks: int = Field(description="how many blocks took part, from the first on, beside the head")
+    of: int = Field(description="how many blocks the model has")
+    largest_difference: float = Field(description="of logits relative to their spread, rounded up to a power of ten")
+
+
 class Provenance(_Entry):
     """Where the artefact comes from: what to repeat to get the same bytes."""
 
@@ -93,6 +102,7 @@ class Provenance(_Entry):
     recipe: str
     pipeline: str
     calibration: dict[str, str | int] | None
+    trace: TraceEntry | None = Field(default=None, description="None in artefacts made before this was compared")
     toolchain: dict[str, str]
     arithmetic: dict[str, str] = Field(
         default_factory=dict,

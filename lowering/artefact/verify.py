@@ -116,6 +116,11 @@ def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner]) -> Chec
         HikuiError: it gives others.
     """
     reference = artefact.reference()
+    if not np.isfinite(reference.logits).all():
+        raise HikuiError(
+            f"The reference numbers of {artefact.directory} are not finite, so nothing can be held against them; lower "
+            "the model again, which names the node where its numbers stop being finite."
+        )
     runner = open_runner()
     try:
         got = logits(runner, reference)

@@ -39,6 +39,7 @@ _PIECE_BYTES = 1 << 24
 """What a scan over a tensor reads at a time."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -82,9 +83,19 @@ class Checkpoint:
             HikuiError: The folder, its config or a weight file is missing, truncated or malformed, or the checkpoint is
                 quantised in a way that is not read.
         """
+        if folder.is_file():
+            raise HikuiError(
+                f"{folder} is a file{_kind_of_file(folder)}; give the Hugging Face folder with config.json and the "
+                "float weights."
+            )
         if not folder.is_dir():
             raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
         if not (folder / "config.json").is_file():
+            if (folder / _ADAPTER).is_file():
+                raise HikuiError(
+                    f"{folder} holds an adapter (PEFT: {_ADAPTER}) and no model; merge it into its base model "
+                    "(`merge_and_unload` of peft), save that, and give its folder."
+                )
             raise HikuiError(f"{folder} is no checkpoint: it has no config.json.")
         config = _read_json(folder / "config.json")
         if (folder / _INDEX).is_file():
@@ -161,6 +172,15 @@ class Checkpoint:
         if a.info != b.info:
             return False
         return all(torch.equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+
+
+def _kind_of_file(path: Path) -> str:
+    """What a file is by its first bytes or its name, in words."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic == b"GGUF":
+        return " of llama.cpp's format GGUF, which hikui does not read"
+    return " of weights alone" if path.suffix in (".safetensors", ".bin", ".pt", ".pth") else ""
 
 
 def _single_file_of_other_name(folder: Path) -> Path | None:

@@ -7,7 +7,9 @@ tensors, the store reads the checkpoint.
 
 import copy
 import logging
+import re
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as symbolic_config
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils._sympy.value_ranges import ValueRanges
 
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops that the wrapper calls)
@@ -28,11 +30,12 @@ from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import MemoryTensor, TensorSource, WeightStore
 from hikui.lowering.trace.blocks import assign_blocks
-from hikui.lowering.trace.convert import convert
+from hikui.lowering.trace.convert import convert, writes_in_place
+from hikui.lowering.trace.fidelity import Fidelity, compare, own_model
 from hikui.lowering.trace.source import OpenModel, open_model
-from hikui.lowering.trace.wrapper import IMPLEMENTATION, Decoder, register
+from hikui.lowering.trace.wrapper import IMPLEMENTATION, Decoder, FunctionalCache, register
 
-__all__ = ["trace"]
+__all__ = ["Fidelity", "trace", "trace_and_compare"]
 
 
 def trace(
@@ -60,10 +63,38 @@ def trace(
         HikuiError: The checkpoint is damaged or the model cannot be traced; names the tensor, or module and line.
         UsageError: The context is not one that the model admits.
     """
-    opened = open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    return _traced(_open(model), context, scratch, tokenizer, finite)
+
+
+def trace_and_compare(
+    model: str | Path | nn.Module,
+    *,
+    context: int | None = None,
+    scratch: Path | None = None,
+    tokenizer: str | Path | None = None,
+    finite: bool = True,
+) -> tuple[Program, Fidelity]:
+    """As `trace`, and holds the program to the model's own logits.
+
+    Raises:
+        HikuiError: also where the program's logits are not the model's, or not finite.
+    """
+    opened = _open(model)
+    own = own_model(opened)
+    program = _traced(opened, context, scratch, tokenizer, finite)
+    return program, compare(program, own, opened.sources)
+
+
+def _open(model: str | Path | nn.Module) -> OpenModel:
+    return open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+
+
+def _traced(
+    opened: OpenModel, context: int | None, scratch: Path | None, tokenizer: str | Path | None, finite: bool
+) -> Program:
     length = opened.context(context)
-    decoder, caches = _prepare(opened, length)
-    exported = _export(decoder, opened, caches)
+    decoder, caches, masks = _prepare(opened, length)
+    exported = _export(decoder, opened, caches, masks)
     _check_tokens(exported, length)
     inputs = ("tokens", "past", *(f"{kind}_cache_{i}" for i in range(len(caches)) for kind in ("key", "value")))
     converted = convert(exported, decoder.aliases(), inputs)
@@ -91,18 +122,31 @@ def trace(
     return program
 
 
-def _prepare(opened: OpenModel, context: int) -> tuple[Decoder, tuple[CacheShape, ...]]:
-    """Switches the copy of the model to our mask and attention, and learns its cache shapes."""
+def _prepare(opened: OpenModel, context: int) -> tuple[Decoder, tuple[CacheShape, ...], tuple[str | None, ...]]:
+    """Switches the copy of the model to our mask and attention, and learns its cache shapes and its masks."""
     register()
     for module in opened.module.modules():
+        _settle_rope(module)
         config: Any = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             config._attn_implementation = IMPLEMENTATION
     scout = copy.deepcopy(opened.module, {id(parameter): parameter for parameter in opened.module.parameters()})
     with torch.no_grad(), opened.mode, _naming_the_place(scout):
         tokens, past = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-        caches = Decoder(scout, context).record(tokens, past)
-    return Decoder(opened.module, context), caches
+        caches, masks = Decoder(scout, context).record(tokens, past)
+    return Decoder(opened.module, context), caches, masks
+
+
+def _settle_rope(module: Any) -> None:
+    """Dynamic rotary angles change only beyond the model's positions, which no context exceeds: up to there they rest.
+
+    What decides it is read from values, which no graph can branch on.
+    """
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, dict):
+        module.rope_type = {layer: "default" if kind == "dynamic" else kind for layer, kind in kinds.items()}
+    elif kinds == "dynamic":
+        module.rope_type = "default"
 
 
 def _example_length(context: int) -> int:
@@ -117,7 +161,9 @@ def _oblivious_sizes() -> AbstractContextManager[None]:
     return patched
 
 
-def _export(decoder: Decoder, opened: OpenModel, shapes: tuple[CacheShape, ...]) -> ExportedProgram:
+def _export(
+    decoder: Decoder, opened: OpenModel, shapes: tuple[CacheShape, ...], masks: tuple[str | None, ...]
+) -> ExportedProgram:
     context = decoder.context
     with opened.mode:
         tokens = torch.zeros(1, _example_length(context), dtype=torch.int64)
@@ -125,7 +171,23 @@ def _export(decoder: Decoder, opened: OpenModel, shapes: tuple[CacheShape, ...])
         caches = tuple(torch.zeros(1, s.heads, context, s.head_size) for s in shapes for _ in ("key", "value"))
     dynamic = ({1: Dim.DYNAMIC}, None, tuple(None for _ in caches))
     with torch.no_grad(), _oblivious_sizes(), _naming_the_place(opened.module):
-        return torch.export.export(decoder, (tokens, past, caches), dynamic_shapes=dynamic, strict=False)
+        exported = torch.export.export(decoder, (tokens, past, caches), dynamic_shapes=dynamic, strict=False)
+        _check_masks(exported.graph, masks)
+        # An empty table takes nothing apart: what is left is that each op that writes becomes one that returns.
+        return exported.run_decompositions({}) if writes_in_place(exported.graph) else exported
+
+
+def _check_masks(graph: torch.fx.Graph, masks: tuple[str | None, ...]) -> None:
+    """Refuses a mask that is not plain causal, unless nothing reads it: some models ask for one they may not need."""
+    asked = list(graph.find_nodes(op="call_function", target=torch.ops.hikui.causal_mask.default))
+    read = set(graph.output_node().all_input_nodes)
+    for node in reversed(graph.nodes):
+        if node in read:
+            read.update(node.all_input_nodes)
+    same = len(asked) == len(masks)
+    for at, reason in enumerate(masks):
+        if reason is not None and not (same and asked[at] not in read):
+            raise HikuiError(reason)
 
 
 def _check_tokens(exported: ExportedProgram, context: int) -> None:
@@ -168,8 +230,18 @@ def _naming_the_place(module: nn.Module) -> Iterator[None]:
             file = Path(frame.f_code.co_filename)
             if id(owner) in names and not file.is_relative_to(Path(torch.__file__).parent):
                 place = f" in module '{names[id(owner)]}' ({type(owner).__name__}, {file.name}:{line})"
-        reason = (str(error).strip().split("\n")[0] or "no message").rstrip(".")
-        raise HikuiError(f"The model cannot be traced: {type(error).__name__}{place}: {reason}.") from error
+        raise HikuiError(f"The model cannot be traced: {_in_words(error, place)}.") from error
+
+
+def _in_words(error: Exception, place: str) -> str:
+    """What went wrong, without the names of what stands in for transformers' own cache while a model is traced."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"its code decides{place} by a number that is known only when it runs, such as how many tokens were seen"
+    if isinstance(error, AttributeError) and isinstance(error.obj, FunctionalCache):
+        return f"it asks{place} for '{error.name}' of its key-value cache, which hikui's cache does not have"
+    reason = (str(error).strip().split("\n")[0] or "no message").rstrip(".")
+    reason = re.sub(r"'?(Recording|Functional)Cache'?( object)?", "hikui's key-value cache", reason)
+    return f"{type(error).__name__}{place}: {reason}"
 
 
 @contextmanager
@@ -178,6 +250,8 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on what torch itself and the model's code call
+            yield
     finally:
         logger.disabled = before

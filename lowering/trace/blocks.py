@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from torch import fx
+from torch import Tensor, fx
 
 from hikui.lowering.ir.program import BLOCK
 
@@ -20,23 +20,42 @@ def _list_entries(path: str) -> list[tuple[str, int]]:
     return [(".".join(parts[:at]), int(part)) for at, part in enumerate(parts) if at and part.isdecimal()]
 
 
-def assign_blocks(graph: fx.Graph) -> int:
-    """Sets meta["hikui.block"] on the nodes of each entry of the module list that holds most of the graph.
+def _calls(graph: fx.Graph) -> dict[fx.Node, list[tuple[str, int]]]:
+    return {node: _list_entries(module_path(node)) for node in graph.nodes if node.op == "call_function"}
+
+
+def block_list(graph: fx.Graph) -> str | None:
+    """Path of the module list that holds most of the graph; None where the model has no module list.
 
     The outermost list wins a tie, so experts or heads kept in a list inside a block do not become blocks.
+    """
+    sizes = Counter(name for found in _calls(graph).values() for name in {name for name, _ in found})
+    return min(sizes, key=lambda name: (-sizes[name], len(name), name)) if sizes else None
+
+
+def assign_blocks(graph: fx.Graph) -> int:
+    """Sets meta["hikui.block"] on the nodes of each entry of the module list that holds most of the graph.
 
     Returns:
         The number of blocks; 0 where the model has no module list.
     """
-    entries = {node: _list_entries(module_path(node)) for node in graph.nodes if node.op == "call_function"}
-    sizes = Counter(name for found in entries.values() for name in {name for name, _ in found})
-    if not sizes:
-        return 0
-    blocks = min(sizes, key=lambda name: (-sizes[name], len(name), name))
+    blocks = block_list(graph)
     numbers = set()
-    for node, found in entries.items():
+    for node, found in _calls(graph).items():
         for name, index in found:
             if name == blocks:
                 node.meta[BLOCK] = index
                 numbers.add(index)
     return len(numbers)
+
+
+def block_results(graph: fx.Graph) -> dict[int, fx.Node]:
+    """The one value [1, T, width] by which each block is read; blocks that hand on several of them are left out."""
+    read: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        block, value = node.meta.get(BLOCK), node.meta.get("val")
+        if block is None or not isinstance(value, Tensor) or value.dim() != 3 or not value.is_floating_point():
+            continue
+        if any(user.meta.get(BLOCK) != block and user.op != "output" for user in node.users):
+            read.setdefault(block, []).append(node)
+    return {block: nodes[0] for block, nodes in sorted(read.items()) if len(nodes) == 1}

@@ -1,5 +1,6 @@
 """Turns what `torch.export` gives into the graph of a program: the calling convention, without what does nothing."""
 
+import operator
 import re
 import sys
 from collections.abc import Mapping
@@ -82,6 +83,8 @@ def convert(exported: ExportedProgram, keys: Mapping[str, str], inputs: tuple[st
         if node.op == "call_function":
             _simplify(graph, node)
     graph.eliminate_dead_code()
+    _take_rows_at_positions(graph)
+    graph.eliminate_dead_code()
     folded = _fold_constants(graph, tensors)
     graph.eliminate_dead_code()
     return _rebuild(graph, parameters, tensors | folded, inputs)
@@ -96,12 +99,7 @@ def _read_signature(
     exported: ExportedProgram, keys: Mapping[str, str], inputs: tuple[str, ...]
 ) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     """Marks the placeholders: weights get their key, inputs their name. Gives parameter keys and real tensors."""
-    for output in exported.graph_signature.output_specs:
-        if output.kind is not OutputKind.USER_OUTPUT:
-            raise HikuiError(
-                f"The model cannot be traced: it changes '{keys.get(output.target or '', output.target)}' while it "
-                f"runs ({output.kind.name.lower()}), and only the caches may carry state."
-            )
+    _drop_unread_state(exported, keys)
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, fx.Node] = {}
     names = iter(inputs)
@@ -126,6 +124,31 @@ def _read_signature(
     return tuple(parameters), tensors
 
 
+def _drop_unread_state(exported: ExportedProgram, keys: Mapping[str, str]) -> None:
+    """Leaves out what is written into buffers that are always written before they are read: it carries no state.
+
+    Raises:
+        HikuiError: a buffer carries something from one call to the next.
+    """
+    buffers = {
+        spec.target: node
+        for spec, node in zip(
+            exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
+        )
+    }
+    output = exported.graph.output_node()
+    kept = []
+    for spec, value in zip(exported.graph_signature.output_specs, output.args[0], strict=True):
+        if spec.kind is OutputKind.USER_OUTPUT:
+            kept.append(value)
+        elif spec.kind is not OutputKind.BUFFER_MUTATION or buffers[spec.target].users:
+            raise HikuiError(
+                f"The model cannot be traced: it changes '{keys.get(spec.target or '', spec.target)}' while it runs, "
+                "and only the key-value caches may carry something from one step to the next."
+            )
+    output.args = (tuple(kept),)
+
+
 def describe(node: fx.Node) -> str:
     """Where a node comes from: its name, its op, its module and its source line, as far as known."""
     parts = [f"node '{node.name}' ({node.target})"]
@@ -143,6 +166,15 @@ def _source_line(node: fx.Node) -> str:
     return ":".join(lines[-1]) if lines else ""
 
 
+def writes_in_place(graph: fx.Graph) -> bool:
+    """Whether an op of the graph writes into its operand."""
+    return any(_writes(node.target) for node in graph.nodes if node.op == "call_function")
+
+
+def _writes(target: object) -> bool:
+    return isinstance(target, OpOverload) and target._schema.is_mutable and target is not aten.detach_.default
+
+
 def _check_ops(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op in ("placeholder", "output"):
@@ -154,7 +186,7 @@ def _check_ops(graph: fx.Graph) -> None:
             )
         if not isinstance(target, OpOverload):
             continue
-        if target._schema.is_mutable and target is not aten.detach_.default:
+        if _writes(target):
             raise HikuiError(f"The model cannot be traced: {describe(node)} writes into its operand.")
         if torch.Tag.nondeterministic_seeded in target.tags and not _is_inert(node):
             raise HikuiError(f"The model cannot be traced: {describe(node)} draws random numbers.")
@@ -168,6 +200,38 @@ def _is_inert(node: fx.Node) -> bool:
         probability = node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0)
         return bool(probability == 0)
     return False
+
+
+def _take_rows_at_positions(graph: fx.Graph) -> None:
+    """Rows of a table that are counted from the end of the keys are taken at the tokens' positions instead.
+
+    A model that slices a mask of its own, `bias[keys - queries : keys]`, means the last tokens that were seen. With a
+    cache of the whole context, `keys` is C whatever was seen: the rows past…past+T−1 are meant.
+    """
+    inputs = {
+        node.meta["hikui.input"]: node for node in graph.find_nodes(op="placeholder") if "hikui.input" in node.meta
+    }
+    past, context = inputs["past"], int(inputs["key_cache_0"].meta["val"].shape[2])
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        table, dim, start, end = (*node.args, *(None,) * 4)[:4]
+        count = _difference_from(context, start)
+        if count is None or end != context or table.op != "placeholder" or WEIGHT not in table.meta:
+            continue
+        with graph.inserting_before(node):
+            arange = graph.call_function(aten.arange.default, (count,))
+            positions = graph.call_function(aten.add.Tensor, (past, arange))
+            rows = graph.call_function(aten.index_select.default, (table, dim, positions))
+        for made in (arange, positions, rows):
+            made.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        node.replace_all_uses_with(rows)
+        graph.erase_node(node)
+
+
+def _difference_from(context: int, start: object) -> fx.Node | None:
+    """The T of a node that computes C − T."""
+    if not isinstance(start, fx.Node) or start.target is not operator.sub or start.args[0] != context:
+        return None
+    return start.args[1] if isinstance(start.args[1], fx.Node) else None
 
 
 def _strip_path(node: fx.Node, root: str = "model") -> None:

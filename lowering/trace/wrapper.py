@@ -68,11 +68,12 @@ class FunctionalCache:
 
 
 class RecordingCache(FunctionalCache):
-    """Notes what each layer stores instead of storing it."""
+    """Notes what each layer stores instead of storing it, and of each mask why it cannot be had, or None."""
 
     def __init__(self, past: Tensor, context: int, *, indexed_positions: bool) -> None:
         super().__init__(past, context, (), indexed_positions=indexed_positions)
         self.updates: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+        self.masks: list[str | None] = []
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.updates.append((layer_idx, tuple(key.shape), tuple(value.shape)))
@@ -80,7 +81,7 @@ class RecordingCache(FunctionalCache):
         return keys, value.new_zeros((*value.shape[:2], self.context, value.shape[-1]))
 
     def see_mask(self, mask_function: Callable[..., Any]) -> None:
-        _check_causal(mask_function, self.context)
+        self.masks.append(_why_not_causal(mask_function, self.context))
 
     def shapes(self, tokens: int) -> tuple[CacheShape, ...]:
         """What was recorded, layer by layer.
@@ -121,6 +122,11 @@ def _causal_mask(
     q_length: int, kv_length: int, mask_function: Callable[..., Any], attention_mask: Tensor | None = None, **_: Any
 ) -> Tensor:
     cache = _active.get()
+    if _sees_what_follows(mask_function):
+        raise HikuiError(
+            "The model cannot be traced: it is an encoder, whose attention sees the tokens that follow; hikui lowers "
+            "models that write a text token by token."
+        )
     if attention_mask is not None or kv_length != cache.context:
         raise HikuiError(
             f"The model cannot be traced: it asks for a mask over {kv_length} keys, where its cache holds "
@@ -131,16 +137,27 @@ def _causal_mask(
     return mask
 
 
-def _check_causal(mask_function: Callable[..., Any], context: int) -> None:
-    """Evaluates a transformers mask function on every pair of positions and refuses one that is not causal."""
+def _sees_what_follows(mask_function: Callable[..., Any]) -> bool:
+    with unset_fake_temporarily():
+        zero, one = torch.tensor(0), torch.tensor(1)
+        return bool(mask_function(zero, zero, zero, one))
+
+
+def _why_not_causal(mask_function: Callable[..., Any], context: int) -> str | None:
+    """Evaluates a transformers mask function on every pair of positions; None where it is plain causal."""
     with unset_fake_temporarily():
         rows, columns, zero = torch.arange(context)[:, None], torch.arange(context)[None], torch.tensor(0)
         visible = torch.as_tensor(mask_function(zero, zero, rows, columns)).expand(context, context)
         differs = visible != (columns <= rows)
         if not bool(differs.any()):
-            return
+            return None
         row = int(differs.any(1).nonzero()[0])
-    raise HikuiError(
+    if row < 2:
+        return (
+            f"The model cannot be traced: its attention mask is not plain causal, already at position {row}, and hikui "
+            "implements no other."
+        )
+    return (
         f"The model cannot be traced at a context of {context}: its attention mask stops being plain causal at "
         f"position {row} (a sliding window or chunked attention); choose a context of at most {row}."
     )
@@ -221,14 +238,17 @@ class Decoder(nn.Module):
             )
         return logits
 
-    def record(self, tokens: Tensor, past: Tensor) -> tuple[CacheShape, ...]:
+    def record(self, tokens: Tensor, past: Tensor) -> tuple[tuple[CacheShape, ...], tuple[str | None, ...]]:
         """Runs the model once to learn what its layers cache: tokens int64 [1, T], past int64 [1].
+
+        Returns:
+            The caches' shapes, and for each mask that it asks for, in order, a sentence where it is not plain causal.
 
         The model may keep tensors of this run, so a decoder that recorded is of no further use.
         """
         cache = RecordingCache(past, self.context, indexed_positions=self._takes_positions)
         self._call(tokens, cache)
-        return cache.shapes(int(tokens.shape[1]))
+        return cache.shapes(int(tokens.shape[1])), tuple(cache.masks)
 
     def forward(self, tokens: Tensor, past: Tensor, caches: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Maps tokens int64 [1, T], past int64 [1], caches [1, KV, C, D] to logits [1, T, V], new caches."""

@@ -143,7 +143,8 @@ void CheckCpu(const Index& index) {
 // The first of the largest, as the reference chooses.
 int64_t Largest(const float* logits, int64_t count) {
   int64_t best = 0;
-  for (int64_t at = 1; at < count; ++at) {
+  for (int64_t at = 0; at < count; ++at) {
+    if (!__builtin_isfinite(logits[at])) Stop(kFailure, "the model gives logits that are not finite, so there is no next token");
     if (logits[at] > logits[best]) best = at;
   }
   return best;

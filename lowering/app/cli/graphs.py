@@ -170,7 +170,7 @@ def explain(
         prepared = None
         if recipe is None:
             report("trace", 0, 1)
-            traced = request.traced()
+            traced, _ = request.compared()
             report("trace", 1, 1)
             for sentence in traced.cautions:
                 warn(sentence)

@@ -137,6 +137,26 @@ def test_no_config(checkpoint: Path) -> None:
     assert "has no config.json" in refusal(checkpoint)
 
 
+def test_an_adapter_without_its_model(checkpoint: Path) -> None:
+    (checkpoint / "config.json").rename(checkpoint / "adapter_config.json")
+    assert "holds an adapter (PEFT: adapter_config.json) and no model" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.gguf", b"GGUF\x03", "is a file of llama.cpp's format GGUF, which hikui does not read; give"),
+        ("renamed.bin", b"GGUF\x03", "is a file of llama.cpp's format GGUF"),
+        (WEIGHTS, None, "is a file of weights alone; give the Hugging Face folder with config.json"),
+        ("notes.txt", b"", "is a file; give the Hugging Face folder"),
+    ],
+)
+def test_a_file_instead_of_a_folder(checkpoint: Path, name: str, content: bytes | None, words: str) -> None:
+    if content is not None:
+        (checkpoint / name).write_bytes(content)
+    assert f"{name} {words}" in refusal(checkpoint / name)
+
+
 def test_config_that_is_not_json(checkpoint: Path) -> None:
     (checkpoint / "config.json").write_text("{")
     assert "config.json is not valid JSON" in refusal(checkpoint)
