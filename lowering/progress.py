@@ -1,5 +1,6 @@
 """How long work says how far it is, and what it is about to need."""
 
+import logging
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
@@ -16,3 +17,8 @@ Announce = Callable[[str], None]
 
 def no_announcement(sentence: str) -> None:
     """What nobody reads."""
+
+
+def log_warning(sentence: str) -> None:
+    """A sentence that the user should read, through the logger `hikui`, which Python shows on stderr."""
+    logging.getLogger("hikui").warning(sentence)

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import json
 import logging
 import os
 import tempfile
@@ -20,6 +19,7 @@ from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import UsageError
 from hikui.lowering.evaluation.quality import Progress
+from hikui.lowering.json_text import parse_json
 from hikui.lowering.progress import no_progress
 
 BOOTSTRAP = 1000
@@ -107,7 +107,7 @@ def _read(path: Path) -> TaskFile:
     if path.suffix != ".jsonl":
         raise UsageError(f"{path} is no task: tasks are .jsonl and .yaml files.")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The task {path} cannot be read: {error}.") from None
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -123,7 +123,7 @@ def _read(path: Path) -> TaskFile:
 def _row(line: str, where: str) -> dict[str, Any]:
     """One row in the form that the task's configuration reads."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UsageError(f"{where}: this is not JSON: {error}.") from None
     fields = row if isinstance(row, dict) else {}
@@ -154,7 +154,6 @@ def run_tasks(
     codec: TextCodec,
     files: Sequence[TaskFile],
     *,
-    bos: int | None,
     eos: Sequence[int],
     limit: int | None = None,
     progress: Progress = no_progress,
@@ -165,7 +164,6 @@ def run_tasks(
         runner: the model.
         codec: its tokenizer.
         files: as `read_tasks` gives them.
-        bos: token before every request, or None.
         eos: tokens that end a text.
         limit: only the first so many documents of each task.
         progress: called with how many requests are done.
@@ -192,7 +190,7 @@ def run_tasks(
                     task.set_config("num_fewshot", 0)
                 task.set_fewshot_seed(seed=0)
                 tasks[task.task_name] = task
-        model = HarnessModel(runner, codec, bos=bos, eos=eos, progress=progress)
+        model = HarnessModel(runner, codec, eos=eos, progress=progress)
         results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
     scores = tuple(_score(name, found) for name, found in results["results"].items())
     return HarnessReport(scores, model.prefix, model.truncated)

@@ -24,6 +24,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops that the wrapper calls)
 from hikui.lowering.checkpoint.folder import check_finite
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.huggingface.remote_code import refuse_tokenizer_code
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import MemoryTensor, TensorSource, WeightStore
@@ -42,6 +44,7 @@ def trace(
     scratch: Path | None = None,
     tokenizer: str | Path | None = None,
     finite: bool = True,
+    trust_remote_code: bool = False,
 ) -> Program:
     """Trace a model into a program.
 
@@ -51,6 +54,7 @@ def trace(
         scratch: Folder for tensors that passes make; None keeps them in memory.
         tokenizer: Folder with a tokenizer, instead of the checkpoint's own.
         finite: Look for NaN and infinity in the weights, which reads each of them once.
+        trust_remote_code: Run Python files that come with the checkpoint or the tokenizer.
 
     Returns:
         The program in the calling convention of docs/architecture.md, unquantised; `hikui.block` is set on the nodes
@@ -60,7 +64,12 @@ def trace(
         HikuiError: The checkpoint is damaged or the model cannot be traced; names the tensor, or module and line.
         UsageError: The context is not one that the model admits.
     """
-    opened = open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+    opened = open_model(
+        model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True), trust_remote_code=trust_remote_code
+    )
+    folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    if folder is not None:
+        refuse_tokenizer_code(folder, trusted=trust_remote_code)
     length = opened.context(context)
     decoder, caches = _prepare(opened, length)
     exported = _export(decoder, opened, caches)
@@ -83,8 +92,8 @@ def trace(
         bos_token_id=opened.bos_token_id,
         eos_token_ids=opened.eos_token_ids,
     )
-    folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, folder)
+    known = None if folder is None else ModelTokenizer(folder, trust_remote_code)
+    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, known)
     # Identities and layout were cut out, so strides may differ from what export saw.
     program.propagate(everything=True)
     program.recompile()

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from hikui.backends.tvm.index import TOKENS
 from hikui.backends.tvm.tokens import token_bytes, write_tokens
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 
 TEXT = "Once upon a time, naïve 猫 said: “it's 3°C!”\n\ttabs, 🙂 and\x7f odd bytes."
 
@@ -42,7 +43,8 @@ def test_the_texts_join_to_what_the_tokenizer_decodes(make: object, tmp_path: Pa
     tokenizer = make()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     size = tokenizer.get_vocab_size()
-    table = token_bytes(tmp_path, size + 3)
+    table = token_bytes(ModelTokenizer(tmp_path), size + 3)
+    assert table is not None
     ids = tokenizer.encode(TEXT).ids
     assert b"".join(table[token] for token in ids).decode() == TEXT == tokenizer.decode(ids)
     assert table[tokenizer.token_to_id("<s>")] == b""

@@ -37,6 +37,7 @@ def compare(
     stride: options.Stride = None,
     context: options.Context = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -63,7 +64,9 @@ def compare(
 
     if stride is not None and window is None:
         raise UsageError("--stride has no effect without --window; give that too.")
-    reading = comparison_runs.Reading(text, calibration, documents, window, stride, context, tokenizer)
+    reading = comparison_runs.Reading(
+        text, calibration, documents, window, stride, context, tokenizer, trust_remote_code
+    )
     with progress() as step:
         found = comparison.compare(
             model,

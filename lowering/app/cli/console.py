@@ -40,6 +40,11 @@ def announce(sentence: str) -> None:
         typer.echo(sentence, err=True)
 
 
+def warn(sentence: str) -> None:
+    """A sentence on stderr that is to be read whoever watches."""
+    typer.echo(f"hikui: warning: {sentence}", err=True)
+
+
 def emit(content: object) -> None:
     """JSON on stdout."""
     typer.echo(json.dumps(content, indent=1, ensure_ascii=False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import debug, emit, progress, table
+from hikui.lowering.app.cli.console import debug, emit, progress, table, warn
 
 if TYPE_CHECKING:
     from hikui.lowering.app.runnable_model import RunnableModel
@@ -65,6 +65,7 @@ def evaluate(
     context: options.Context = None,
     target_bpw: options.TargetBpw = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     emulate: options.Emulate = False,
 ) -> None:
@@ -78,7 +79,7 @@ def evaluate(
 
     content = read_text(text) if text is not None else ""
     files = harness.read_tasks([name for name in tasks.split(",") if name]) if tasks is not None else []
-    request = Request(model, recipe, calibration, context, target_bpw, tokenizer)
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code)
     if window is not None:
         # A recipe may run for hours before anything is read.
         bound = window if recipe is None else context_length(request)
@@ -86,19 +87,19 @@ def evaluate(
     with progress() as step, evaluation.PeakMemory() as peak:
         runnable = open_runnable_model(
             request,
-            Execution(check_inputs=debug.get(), progress=step),
+            Execution(check_inputs=debug.get(), progress=step, warn=warn),
             emulate=emulate,
             keep_floats=layers,
         )
         report: dict[str, object] = {"model": model, "runs_as": runnable.kind}
         if text is not None:
             protocol, excerpts = protocols.read(
-                content, runnable.codec, context=runnable.runner.context_length, bos=runnable.bos,
+                content, runnable.codec, context=runnable.runner.context_length,
                 window=window, stride=stride, limit=documents,
             )  # fmt: skip
             rates = evaluation.speed(runnable.runner, excerpts[0].ids[: min(64, protocol.context // 2)])
             own, _ = evaluation.measure(runnable.runner, excerpts, progress=step)
-            report |= _quality(own, protocol)
+            report |= _quality(own, protocol, excerpts)
     report |= {
         "true_bpw": runnable.true_bpw,
         "linear_bytes": runnable.linear_bytes,
@@ -114,14 +115,16 @@ def evaluate(
         if against is not None:
             with progress() as step:
                 other = open_runnable_model(
-                    Request(against, None, tokenizer=tokenizer), Execution(progress=step), emulate=emulate
+                    Request(against, None, tokenizer=tokenizer, trust_remote_code=trust_remote_code),
+                    Execution(progress=step, warn=warn),
+                    emulate=emulate,
                 )
                 report["against"] = _against(against, runnable, other, excerpts, step)
                 other.runner.close()
     if files:
         with progress() as step:
             scores = harness.run_tasks(
-                runnable.runner, runnable.codec, files, bos=runnable.bos, eos=runnable.eos, limit=limit, progress=step
+                runnable.runner, runnable.codec, files, eos=runnable.eos, limit=limit, progress=step
             )
         report["tasks"] = _tasks(scores)
     if layers:
@@ -161,13 +164,21 @@ def _refuse_idle(
             raise UsageError(f"{name} has no effect without {needed}; give that too.")
 
 
-def _quality(own: "Quality", protocol: "Protocol") -> dict[str, object]:
+def _quality(own: "Quality", protocol: "Protocol", excerpts: "list[Excerpt]") -> dict[str, object]:
+    unknown, lost = sum(excerpt.unknown for excerpt in excerpts), sum(excerpt.lost for excerpt in excerpts)
+    if unknown or lost:
+        warn(
+            f"{unknown} of {own.tokens} tokens stand for characters that the tokenizer does not know, and {lost} "
+            "characters give no token at all; such a text measures little of the model."
+        )
     return {
         "protocol": str(protocol),
         "protocol_fields": protocol.fields(),
         f"{protocol.unit}s": own.documents,
         "tokens": own.tokens,
         "characters": own.characters,
+        "unknown_tokens": unknown,
+        "lost_characters": lost,
         "perplexity": own.perplexity,
         "perplexity_error": own.perplexity_error,
         "bits_per_char": own.bits_per_char,

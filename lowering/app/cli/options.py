@@ -60,6 +60,12 @@ TokenizerFolder = Annotated[
     Path | None,
     typer.Option("--tokenizer", help="Folder with a tokenizer, instead of the model's own.", show_default=False),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python files that come with the model, the tokenizer or a task; else refuse."
+    ),
+]
 TargetBpw = Annotated[
     float | None,
     typer.Option("--target-bpw", help="Budget of the recipe's `assign` pass, in bits per weight.", show_default=False),

@@ -17,6 +17,7 @@ from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Score
 from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
+from hikui.lowering.json_text import parse_json
 from hikui.lowering.pipeline.recipe import Recipe
 
 FLOAT = "float model"
@@ -43,6 +44,7 @@ class Reading:
     stride: int | None = None
     context: int | None = None
     tokenizer: Path | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -153,10 +155,11 @@ def measure(run: Run) -> Outcome:
             calibration=reading.calibration if run.calibrates else None,
             context=reading.context if of_model else None,
             tokenizer=reading.tokenizer,
+            trust_remote_code=reading.trust_remote_code,
         )
     )
     protocol, excerpts = protocols.read(
-        text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length, bos=runnable.bos,
+        text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length,
         window=reading.window, stride=reading.stride, limit=reading.documents,
     )  # fmt: skip
     quality, _ = evaluation.measure(runnable.runner, excerpts)
@@ -187,10 +190,10 @@ def _refuse_twice(labels: Sequence[tuple[str, int | None]]) -> None:
 def keys(traced: Program, runs: Sequence[Run]) -> list[str]:
     """A key for each run: the model, the code, the recipe with its seed, the texts and how they are read."""
     reading = runs[0].reading
-    tokenizer = traced.tokenizer / text.FILE if traced.tokenizer is not None else None
+    tokenizer = "" if traced.tokenizer is None else traced.tokenizer.content()
     common = {
         "model": run_key(traced, "", ()),
-        "tokenizer": sha256(tokenizer) if tokenizer is not None and tokenizer.is_file() else "",
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "code": code_version(),
         "text": sha256(reading.text),
         "documents": reading.documents,
@@ -233,7 +236,7 @@ def load(run: Run) -> Outcome | None:
     if run.folder is None:
         return None
     try:
-        content = json.loads(_path(run).read_text("utf-8"))
+        content = parse_json(_path(run).read_text("utf-8"))
         each = tuple(Score(**score) for score in content.pop("each"))
         return Outcome(**content, each=each)
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -92,7 +92,9 @@ def compare(
         HikuiError: a run fails; those that have ended are kept.
     """
     runs = runs_of.plan(model, reading, recipes=recipes, artefacts=artefacts, seeds=seeds, budgets=budgets)
-    traced = Request(model, context=reading.context, tokenizer=reading.tokenizer).traced()
+    traced = Request(
+        model, context=reading.context, tokenizer=reading.tokenizer, trust_remote_code=reading.trust_remote_code
+    ).traced()
     _refuse_other_models(traced, artefacts)
     if reading.window is not None:
         bound = traced.config.context_length
