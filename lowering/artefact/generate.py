@@ -1,5 +1,6 @@
 """Generation: drives any runner, the reference interpreter among them, and measures it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"A temperature of {self.temperature} makes no sense; give 0 (greedy) or more.")
         if self.top_k < 0:
             raise UsageError(f"A top-k of {self.top_k} makes no sense; give 0 (all tokens) or more.")
+        if self.seed < 0:
+            raise UsageError(f"A seed of {self.seed} makes no sense; give 0 or more.")
 
     def chooser(self) -> Callable[[npt.NDArray[np.float32]], int]:
         """A function from the logits [V] of one position to the next token."""

@@ -6,7 +6,8 @@ in Python alike. It never changes the program it is given: it works on a clone, 
 """
 
 import json
-from abc import ABC, abstractmethod
+import math
+from abc import ABCMeta, abstractmethod
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.engine.resume import Resume
+from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import Program
 from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
 
@@ -65,9 +67,35 @@ class PassResult:
     notes: list[str] = field(default_factory=list)
 
 
+MOST = (1 << 63) - 1
+"""The largest whole number that an option may have, because generators and tensors take no larger one."""
+
+
+class _Checked(ABCMeta):
+    """Looks at the numbers of every pass that is made, wherever its options come from."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        made = super().__call__(*args, **options)
+        for option in fields(made):
+            _check_number(made.name, option.name, getattr(made, option.name))
+        return made
+
+
+def _check_number(name: str, option: str, value: object) -> None:
+    """Raises UsageError for a number that no option can have; what else a pass asks of its options it says itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} cannot take {option}={value}; give a finite number.")
+    if isinstance(value, int) and not (0 <= value <= MOST):
+        raise UsageError(f"{name} cannot take {option}={_short(value)}; give a whole number from 0 to {MOST}.")
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "a number of so many digits"
+
+
 @dataclass(frozen=True)
-class Pass(ABC):
-    """Base of every pass.
+class Pass(metaclass=_Checked):
+    """Base of every pass, whose numbers are finite, and whole ones not negative.
 
     Attributes:
         name: as in pipelines and recipes.
@@ -81,7 +109,7 @@ class Pass(ABC):
     names_sites: ClassVar[bool] = False
     budget: ClassVar[str] = ""
 
-    def requires(self, program: Program) -> None:  # noqa: B027  (most passes take any program)
+    def requires(self, program: Program) -> None:
         """Checks that the program can be taken.
 
         Raises:
@@ -96,7 +124,7 @@ class Pass(ABC):
         not `modified`.
         """
 
-    def ensures(self, program: Program) -> None:  # noqa: B027  (most passes promise no more than the verifier holds)
+    def ensures(self, program: Program) -> None:
         """Checks what the pass promises of its result.
 
         Raises:

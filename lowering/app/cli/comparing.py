@@ -1,5 +1,6 @@
 """`hikui compare`: recipes and artefacts of one model side by side."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,9 @@ def _numbers(written: str, option: str) -> list[float]:
         numbers = [float(part) for part in _parts(written)]
     except ValueError:
         raise UsageError(f"{option} is '{written}'; give numbers separated by commas.") from None
-    if option == "--seeds" and any(number < 0 or number != int(number) for number in numbers):
-        raise UsageError(f"{option} is '{written}'; seeds are whole numbers from 0 on.")
+    seeds = option == "--seeds"
+    if seeds and not all(0 <= number <= options.MOST and number == int(number) for number in numbers):
+        raise UsageError(f"{option} is '{written}'; seeds are whole numbers from 0 to {options.MOST}.")
+    if not seeds and not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise UsageError(f"{option} is '{written}'; give finite numbers above 0.")
     return numbers

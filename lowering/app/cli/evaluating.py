@@ -46,10 +46,7 @@ def evaluate(
     documents: options.Documents = None,
     window: options.Window = None,
     stride: options.Stride = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only the first N documents of each task.", metavar="N", show_default=False),
-    ] = None,
+    limit: options.TaskLimit = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show the error of each linear site; needs --recipe.")
     ] = False,
