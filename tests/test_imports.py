@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 LOWERING = (
-    ("errors", "progress", "files", "memory", "json_text"), ("huggingface",), ("formats",), ("ir",),
+    ("errors", "progress", "files", "memory", "json_text"), ("huggingface", "yaml_text"), ("formats",), ("ir",),
     ("checkpoint", "engine"), ("trace", "pipeline"), ("artefact",), ("evaluation",), ("app",),
 )  # fmt: skip
 PASSES = (("graph", "matrices"), ("patterns", "measure"), ("quantise",), ("transform", "precision", "rewrite"), ("",))

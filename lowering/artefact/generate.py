@@ -70,11 +70,13 @@ class Generation:
         tokens: the new tokens, without the one that ended the text.
         first_token_seconds: from the call to the first new token, the prompt's processing included.
         tokens_per_second: of the tokens after the first; None where there were none.
+        full: whether the text ends because the cache is full.
     """
 
     tokens: list[int]
     first_token_seconds: float
     tokens_per_second: float | None
+    full: bool = False
 
 
 def stream(
@@ -86,7 +88,7 @@ def stream(
         HikuiError: the prompt is empty or longer than the cache.
     """
     if not prompt:
-        raise HikuiError("The prompt has no tokens and the model has no BOS token; give a longer prompt.")
+        raise HikuiError("The prompt has no tokens, and the tokenizer puts none before a text; give a longer prompt.")
     if len(prompt) > runner.context_length:
         raise HikuiError(
             f"The prompt has {len(prompt)} tokens, but the cache holds {runner.context_length}; shorten the prompt or "
@@ -130,4 +132,7 @@ def generate(
     if not tokens:
         first = last = time.perf_counter()
     later = len(tokens) - 1
-    return Generation(tokens, first - start, later / (last - first) if later > 0 and last > first else None)
+    rate = later / (last - first) if later > 0 and last > first else None
+    # A full cache takes one token less than there are: the last one was never read.
+    full = len(prompt) + len(tokens) - 1 == runner.context_length and len(tokens) < max_new_tokens
+    return Generation(tokens, first - start, rate, full)

@@ -75,18 +75,19 @@ class _Checked(ABCMeta):
     """Looks at the numbers of every pass that is made, wherever its options come from."""
 
     def __call__(cls, *args: Any, **options: Any) -> Any:
-        made = super().__call__(*args, **options)
-        for option in fields(made):
-            _check_number(made.name, option.name, getattr(made, option.name))
-        return made
+        names = [option.name for option in fields(cls)]  # type: ignore[arg-type]  # every pass is a dataclass
+        for option, value in (*zip(names, args, strict=False), *options.items()):
+            _check_number(cls.name, option, value)  # type: ignore[attr-defined]  # and has a name
+        return super().__call__(*args, **options)
 
 
 def _check_number(name: str, option: str, value: object) -> None:
     """Raises UsageError for a number that no option can have; what else a pass asks of its options it says itself."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} cannot take {option}={value}; give a finite number.")
-    if isinstance(value, int) and not (0 <= value <= MOST):
-        raise UsageError(f"{name} cannot take {option}={_short(value)}; give a whole number from 0 to {MOST}.")
+    least = 0 if option == "seed" else -MOST
+    if isinstance(value, int) and not (least <= value <= MOST):
+        raise UsageError(f"{name} cannot take {option}={_short(value)}; give a whole number from {least} to {MOST}.")
 
 
 def _short(value: int) -> str:
@@ -95,7 +96,7 @@ def _short(value: int) -> str:
 
 @dataclass(frozen=True)
 class Pass(metaclass=_Checked):
-    """Base of every pass, whose numbers are finite, and whole ones not negative.
+    """Base of every pass, whose numbers are finite.
 
     Attributes:
         name: as in pipelines and recipes.

@@ -121,7 +121,13 @@ def evaluate(
     if files:
         with progress() as step:
             scores = harness.run_tasks(
-                runnable.runner, runnable.codec, files, eos=runnable.eos, limit=limit, progress=step
+                runnable.runner,
+                runnable.codec,
+                files,
+                eos=runnable.eos,
+                limit=limit,
+                trust_remote_code=trust_remote_code,
+                progress=step,
             )
         report["tasks"] = _tasks(scores)
     if layers:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, size, table
+from hikui.lowering.app.cli.console import emit, size, table, warn
 
 
 def run(
@@ -27,12 +27,18 @@ def run(
     sampling = Sampling(temperature, top_k, seed)
     with load(directory, emulate=emulate) as model:
         text, result = model.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+    if result.full:
+        warn(
+            f"The text ends after {len(result.tokens)} tokens because the cache is full: it holds "
+            f"{model.artefact.manifest.model.context_length}, the prompt among them."
+        )
     if as_json:
         emit(
             {
                 "prompt": prompt,
                 "tokens": result.tokens,
                 "text": text,
+                "cache_full": result.full,
                 "first_token_seconds": result.first_token_seconds,
                 "tokens_per_second": result.tokens_per_second,
             }

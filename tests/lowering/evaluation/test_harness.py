@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,14 +274,92 @@ def test_data_that_would_have_to_be_fetched_is_refused(runnable: RunnableModel, 
     with pytest.raises(UsageError, match=r"remote\.yaml is no task that can be run from local files"):
         run(runnable, tmp_path / "remote.yaml")
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(UsageError, match=r"broken\.yaml is no task"):
+    with pytest.raises(UsageError, match=r"broken\.yaml:1: this is not YAML"):
         run(runnable, tmp_path / "broken.yaml")
+
+
+def configured(folder: Path, text: str) -> Path:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    write(folder / "data" / "animals.json", ROWS)
+    (folder / "animals_yaml.yaml").write_text(text)
+    return folder / "animals_yaml.yaml"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        YAML.replace('doc_to_text: "{{context}}"', "doc_to_text: !function planted.text"),
+        YAML.replace("{metric: acc, aggregation: mean,", "{metric: acc, aggregation: !function planted.text,"),
+        YAML.replace("{metric: acc, ", "{metric: METRIC, hf_evaluate: true, "),
+        "include: other.yaml\ntask: animals_yaml\n",
+    ],
+)
+def test_code_beside_a_task_runs_by_the_option_only(
+    runnable: RunnableModel, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = configured(tmp_path / "tasks", text.replace("METRIC", str(tmp_path / "tasks" / "planted.py")))
+    (path.parent / "other.yaml").write_text(YAML.replace('"{{context}}"', "!function planted.text"))
+    mark = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).write_text('ran')\ndef text(doc): return doc['context']\n"
+    (path.parent / "planted.py").write_text(code)
+    with pytest.raises(UsageError, match=r"planted.*--trust-remote-code"):
+        run(runnable, path)
+    assert not mark.exists()
+    if "hf_evaluate" not in text and "aggregation: !" not in text:
+        files = read_tasks([str(path)])
+        run_tasks(runnable.runner, runnable.codec, files, eos=runnable.eos, trust_remote_code=True)
+        assert mark.read_text() == "ran"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ cycler.__init__.__globals__.os.system('touch MARK') }}", "unsafe"),
+        ("{% for a in range(99999999) %}x{% endfor %}", "range"),
+        ("{{ missing }}", "undefined"),
+        ("{% for %}", "Expected an expression"),
+    ],
+)
+def test_a_template_runs_in_a_sandbox(runnable: RunnableModel, tmp_path: Path, template: str, words: str) -> None:
+    mark = tmp_path / "ran"
+    path = configured(tmp_path / "tasks", YAML.replace("{{context}}", template.replace("MARK", str(mark))))
+    with pytest.raises(UsageError, match=rf"A template of the task .*animals_yaml\.yaml cannot be rendered.*{words}"):
+        run(runnable, path)
+    assert not mark.exists()
+
+
+def test_braces_in_a_row_are_text(runnable: RunnableModel, tmp_path: Path) -> None:
+    rows = [{"context": "{{ 1 // 0 }} {% for %}", "choices": [" a", " b"], "label": 0}]
+    assert run(runnable, write(tmp_path / "braces.jsonl", rows)).tasks[0].documents == 1
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]\n", "a: " + "[" * 30000, "? [a]\n: b\n", "a: !!python/name:os.system\n"]
+)
+def test_a_configuration_that_is_too_much_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bomb.yaml").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(UsageError, match=r"bomb\.yaml:"):
+        read_tasks([str(tmp_path / "bomb.yaml")])
+    assert time.perf_counter() - start < 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path: Path) -> None:
+    path = write(tmp_path / "animals.jsonl", ROWS)
+    plain = read_tasks([str(path)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_tasks([str(path)]) == plain
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
         ("{", r"bad\.jsonl:1: this is not JSON"),
+        ("[" * 100_000, r"bad\.jsonl:1: this is not JSON: it nests too deeply"),
+        ('{"label": ' + "9" * 5000 + "}", r"bad\.jsonl:1: this is not JSON"),
         ("", r"bad\.jsonl is empty"),
         ('{"question": "a", "answers": []}', r"bad\.jsonl:1: this row has 'question', 'answers'; a task's row has"),
         ('{"context": "a", "choices": ["b"], "label": 0}', "'choices' is a list of two texts or more"),
