@@ -47,7 +47,7 @@ def describe(directory: Path) -> dict[str, Any]:
     path = directory / "model.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read ({error}); lower the model again.") from error
     if not isinstance(description, dict) or not description.keys() >= _DESCRIPTION:
         raise LoadError(f"{path} is not the description of a model; lower the model again.")

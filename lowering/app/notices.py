@@ -1,6 +1,6 @@
 """What a user should know of a model before its numbers are believed: said on stderr and in the report."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.evaluation.protocols import Excerpt
 from hikui.lowering.huggingface.config import refuse_outside
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.steps import check_ids
@@ -113,6 +114,18 @@ def _object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise HikuiError(f"{path} is not valid JSON: {error}.") from error
     return content if isinstance(content, dict) else {}
+
+
+def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:
+    """A sentence where a tokenizer does not know a text that is measured."""
+    unknown, lost = sum(excerpt.unknown for excerpt in excerpts), sum(excerpt.lost for excerpt in excerpts)
+    if not (unknown or lost):
+        return []
+    tokens = sum(len(excerpt.ids) - excerpt.first for excerpt in excerpts)
+    return [
+        f"{unknown} of {tokens} tokens stand for characters that the tokenizer does not know, and {lost} characters "
+        "give no token at all; such a text measures little of the model."
+    ]
 
 
 def calibration_notices(data: Calibration, settings: CalibrationSettings, context: int) -> list[str]:

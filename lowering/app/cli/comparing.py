@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, progress, table
+from hikui.lowering.app.cli.console import emit, progress, table, warn
 
 
 def compare(
@@ -80,6 +80,7 @@ def compare(
             resume=not no_resume,
             jobs=Jobs(jobs, engine),
             progress=step,
+            warn=warn,
         )
     if output is not None and not comparison_report.save(found, output):
         typer.echo("No picture was drawn: matplotlib is not installed; install hikui[plot] for one.", err=True)

@@ -68,6 +68,7 @@ def evaluate(
 ) -> None:
     """Measure quality, size and speed on a text, or zero-shot tasks."""
     _refuse_idle(text, tasks, against, window, stride, limit, layers, recipe)
+    from hikui.lowering.app.notices import text_notices
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.app.runnable_model import context_length, open_runnable_model
     from hikui.lowering.artefact.text import read_text
@@ -97,6 +98,8 @@ def evaluate(
             rates = evaluation.speed(runnable.runner, excerpts[0].ids[: min(64, protocol.context // 2)])
             own, _ = evaluation.measure(runnable.runner, excerpts, progress=step)
             report |= _quality(own, protocol, excerpts)
+            for notice in text_notices(excerpts):
+                warn(notice)
     report |= {
         "true_bpw": runnable.true_bpw,
         "linear_bytes": runnable.linear_bytes,
@@ -168,20 +171,14 @@ def _refuse_idle(
 
 
 def _quality(own: "Quality", protocol: "Protocol", excerpts: "list[Excerpt]") -> dict[str, object]:
-    unknown, lost = sum(excerpt.unknown for excerpt in excerpts), sum(excerpt.lost for excerpt in excerpts)
-    if unknown or lost:
-        warn(
-            f"{unknown} of {own.tokens} tokens stand for characters that the tokenizer does not know, and {lost} "
-            "characters give no token at all; such a text measures little of the model."
-        )
     return {
         "protocol": str(protocol),
         "protocol_fields": protocol.fields(),
         f"{protocol.unit}s": own.documents,
         "tokens": own.tokens,
         "characters": own.characters,
-        "unknown_tokens": unknown,
-        "lost_characters": lost,
+        "unknown_tokens": sum(excerpt.unknown for excerpt in excerpts),
+        "lost_characters": sum(excerpt.lost for excerpt in excerpts),
         "perplexity": own.perplexity,
         "perplexity_error": own.perplexity_error,
         "bits_per_char": own.bits_per_char,

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hikui.lowering.app.request import Request, available_passes, load_recipe
+from hikui.lowering.app.notices import text_notices
+from hikui.lowering.app.request import Execution, Request, available_passes, load_recipe
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact import text
 from hikui.lowering.artefact.manifest import MANIFEST, is_artefact, read_manifest, sha256
@@ -73,7 +74,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave."""
+    """What a run gave.
+
+    Attributes:
+        notices: sentences that a user should read before the figures are believed.
+    """
 
     label: str
     runs_as: str
@@ -83,6 +88,7 @@ class Outcome:
     linear_bytes: int
     total_bytes: int
     each: tuple[Score, ...]
+    notices: tuple[str, ...] = ()
 
 
 def plan(
@@ -148,6 +154,7 @@ def measure(run: Run) -> Outcome:
     """Does one run, and keeps its result if it has a folder."""
     reading = run.reading
     of_model = not is_artefact(Path(run.model))
+    notices: list[str] = []
     runnable = open_runnable_model(
         Request(
             run.model,
@@ -156,7 +163,8 @@ def measure(run: Run) -> Outcome:
             context=reading.context if of_model else None,
             tokenizer=reading.tokenizer,
             trust_remote_code=reading.trust_remote_code,
-        )
+        ),
+        Execution(warn=notices.append),
     )
     protocol, excerpts = protocols.read(
         text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length,
@@ -173,6 +181,7 @@ def measure(run: Run) -> Outcome:
         runnable.linear_bytes,
         runnable.total_bytes,
         quality.each,
+        (*notices, *text_notices(excerpts)),
     )
     keep(run, outcome)
     return outcome
@@ -238,7 +247,7 @@ def load(run: Run) -> Outcome | None:
     try:
         content = parse_json(_path(run).read_text("utf-8"))
         each = tuple(Score(**score) for score in content.pop("each"))
-        return Outcome(**content, each=each)
+        return Outcome(**{**content, "each": each, "notices": tuple(content.get("notices", ()))})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

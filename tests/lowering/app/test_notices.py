@@ -114,6 +114,18 @@ def test_unknown_characters_are_said(tiny: Path, tmp_path: Path, hikui_command: 
     assert report["characters"] == len("日本語 and more")
 
 
+def test_compare_says_it_once(tiny: Path, tmp_path: Path, hikui_command: Command) -> None:
+    text, short = tmp_path / "text.txt", tmp_path / "hi.txt"
+    text.write_text("日本語 and more")
+    short.write_text("Hi")
+    command = ("compare", tiny, "--recipes", "int8,gptq-4bit", "--text", text, "--calibration", short)
+    for _ in range(2):  # the second time from what the first has kept
+        status, _, err = hikui_command(*command, "-o", tmp_path / "out")
+        assert status == 0
+        assert err.count("9 of 18 tokens stand for characters that the tokenizer does not know") == 1
+        assert err.count("The calibration text hi.txt is too short") == 1
+
+
 def test_a_model_without_a_tokenizer_is_said_and_run_names_the_option(tiny: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
