@@ -150,12 +150,8 @@ def _writable(text: str) -> str:
     Raises:
         UsageError: it holds half of a surrogate pair, which is how Python keeps a byte that was not UTF-8.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"The text {text[:40]!a} is not UTF-8 at character {error.start + 1}; give it as UTF-8."
-        ) from None
+    if (at := not_utf8(text)) is not None:
+        raise UsageError(f"The text {text[:40]!a} is not UTF-8 at character {at + 1}; give it as UTF-8.")
     return text
 
 
