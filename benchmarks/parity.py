@@ -114,8 +114,7 @@ def compare(model: str, recipe: str, count: int, calibration: Path | None) -> li
     program = prepared.program
     assert program.tokenizer is not None, "the models of this comparison have tokenizers"
     codec = TextCodec(program.tokenizer)
-    bos = [] if program.config.bos_token_id is None else [program.config.bos_token_id]
-    prompt = [*bos, *codec.encode(PROMPT)]
+    prompt = codec.encode_prompt(PROMPT)
     reference = ReferenceRunner(program)
     want = greedy(reference, prompt, count)
     logits = follow(reference, prompt, want)

@@ -68,12 +68,12 @@ def measure(model: str, path: Path, calibration: Path, backend: str, count: int)
         program = prepared.program
         assert program.tokenizer is not None, "the models of this table have tokenizers"
         codec, config = text.TextCodec(program.tokenizer), program.config
-        documents = protocols.encode_documents(
-            text.read_documents(path), codec, bos=config.bos_token_id, context=config.context_length, limit=count
+        excerpts = protocols.document_excerpts(
+            text.read_documents(path), codec, context=config.context_length, limit=count
         )
         with tempfile.TemporaryDirectory() as folder:
             runner = open_runner(build(prepared, Path(folder) / "artefact", backend=backend))
-            found = [evaluation.quality(runner, [ids], codec, bos=config.bos_token_id)[0] for ids in documents]
+            found = [evaluation.measure(runner, [excerpt])[0] for excerpt in excerpts]
             runner.close()
         bits = np.array([one.nats for one in found]) / math.log(2)
         characters = np.array([one.characters for one in found])

@@ -107,17 +107,16 @@ class Bench:
     def __init__(self, model: str, path: str, count: int) -> None:
         self.program = trace(Request(model).source)
         assert self.program.tokenizer is not None, "the models of this table have tokenizers"
-        self._codec, config = text.TextCodec(self.program.tokenizer), self.program.config
-        self._bos = config.bos_token_id
-        self._documents = protocols.encode_documents(
-            text.read_documents(Path(path)), self._codec, bos=self._bos, context=config.context_length, limit=count
+        codec, config = text.TextCodec(self.program.tokenizer), self.program.config
+        self._excerpts = protocols.document_excerpts(
+            text.read_documents(Path(path)), codec, context=config.context_length, limit=count
         )
         self.reference = self.bits(self.program)
 
     def bits(self, program: Program) -> float:
         """Bits per character of a program."""
         runner = ReferenceRunner(program)
-        return evaluation.quality(runner, self._documents, self._codec, bos=self._bos)[0].bits_per_char
+        return evaluation.measure(runner, self._excerpts)[0].bits_per_char
 
 
 bench = lru_cache(maxsize=1)(Bench)

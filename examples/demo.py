@@ -70,7 +70,7 @@ def main(folder: Path) -> int:
     config = prepared.program.config
     assert prepared.program.tokenizer is not None, "the reference model has its tokenizer"
     codec = TextCodec(prepared.program.tokenizer)
-    prompt = [*([] if config.bos_token_id is None else [config.bos_token_id]), *codec.encode(PROMPT)]
+    prompt = codec.encode_prompt(PROMPT)
     reference = ReferenceRunner(prepared.program)
     expected = generate(reference, prompt, max_new_tokens=TOKENS, stop=config.eos_token_ids).tokens
     print(f"{PROMPT}{codec.decode([*prompt, *expected]).removeprefix(PROMPT)}\n")

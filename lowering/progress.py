@@ -1,5 +1,6 @@
 """How long work says how far it is, what it is about to need, and what its user should know of the result."""
 
+import logging
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
@@ -18,9 +19,6 @@ def no_announcement(sentence: str) -> None:
     """What nobody reads."""
 
 
-Warn = Callable[[str], None]
-"""Called with a sentence on what may make the result worse than its user expects."""
-
-
-def no_warning(sentence: str) -> None:
-    """A warning that nobody reads."""
+def log_warning(sentence: str) -> None:
+    """A sentence that the user should read, through the logger `hikui`, which Python shows on stderr."""
+    logging.getLogger("hikui").warning(sentence)

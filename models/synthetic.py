@@ -96,7 +96,7 @@ def tiny_model(family: str, seed: int = 0) -> torch.nn.Module:
         family, vocab_size=TINY_VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=1, **_TINY[family]
     )
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights from the global generator
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model: torch.nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

@@ -47,7 +47,7 @@ def describe(directory: Path) -> dict[str, Any]:
     path = directory / "model.json"
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path} cannot be read ({error}); lower the model again.") from error
     if not isinstance(description, dict) or not description.keys() >= _DESCRIPTION:
         raise LoadError(f"{path} is not the description of a model; lower the model again.")
@@ -120,6 +120,8 @@ class OrtModel:
         self._tensors = {
             value.name: (value.shape, _CACHE_TYPES[value.type]) for value in self._session.get_inputs()[2:]
         }
+        width = self._session.get_outputs()[0].shape[-1]
+        self.vocabulary = width if isinstance(width, int) else None
         self._in_place = bool(description["caches_in_place"])
         shape, _ = next(iter(self._tensors.values()))
         self.context_length = int(shape[2])
@@ -144,6 +146,12 @@ class OrtModel:
             raise LoadError(
                 f"{past + len(tokens)} tokens do not fit the cache of {self.context_length}; "
                 "shorten the prompt or lower with a larger --context."
+            )
+        wrong = tokens[(tokens < 0) | (tokens >= (self.vocabulary or np.iinfo(np.int64).max))]
+        if wrong.size:
+            raise LoadError(
+                f"Token {wrong[0]} is outside the model's vocabulary of {self.vocabulary}; give ids of the model's own "
+                "tokenizer."
             )
         binding = self._session.io_binding()
         binding.bind_cpu_input("tokens", np.ascontiguousarray(tokens, np.int64)[None])

@@ -24,6 +24,11 @@ from hikui.lowering.artefact.target import Target
 from hikui.lowering.ir.program import Program
 from hikui.lowering.progress import Progress
 
+_NO_TEXT = (
+    "The tokenizer's decoder joins tokens in a way that a table of their texts cannot say, so the board's runner "
+    "prints token ids and no text; `hikui run` prints text."
+)
+
 
 def tvm_target(target: Target) -> Any:
     """TVM's name for the target's CPU.
@@ -78,8 +83,9 @@ class TvmBackend:
         progress("library", 1, 1)
         written = [files.LIBRARY, files.PARAMETERS, files.INDEX]
         index = write_parameters(program, target, directory, progress)
-        if program.tokenizer is not None:
-            write_tokens(token_bytes(program.tokenizer, index.vocabulary), directory)
+        table = None if program.tokenizer is None else token_bytes(program.tokenizer, index.vocabulary)
+        if table is not None:
+            write_tokens(table, directory)
             written.append(files.TOKENS)
         written += self._write_runtime(target.triple, directory)
         kernel_files, described = cuda.write(target, directory)
@@ -91,7 +97,8 @@ class TvmBackend:
             "runner": f"bin/{target.triple}/hikui-run",
             **described,
         }
-        return BuildResult(tuple(sorted(written)), entry, _requirements(directory, written))
+        notices = () if table is not None or program.tokenizer is None else (_NO_TEXT,)
+        return BuildResult(tuple(sorted(written)), entry, _requirements(directory, written), notices)
 
     @staticmethod
     def _write_runtime(triple: str, directory: Path) -> list[str]:

@@ -16,6 +16,7 @@ from hikui.backends.tvm.native.board import Board, BoardRunner
 from hikui.lowering.artefact.target import core_count, cpu_features
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.cache_shape import CacheTensor
+from hikui.lowering.ir.steps import check_ids, check_length
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.generate import Runner
@@ -54,13 +55,8 @@ class TvmRunner:
         Raises:
             HikuiError: the tokens do not fit the cache or are not in the vocabulary.
         """
-        if past + tokens.size > self.context_length:
-            raise HikuiError(
-                f"{past + tokens.size} tokens do not fit the cache of {self.context_length}; "
-                "shorten the prompt or lower with a larger --context."
-            )
-        if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocabulary):
-            raise HikuiError(f"A token is outside the vocabulary of {self.vocabulary}; use the model's own tokenizer.")
+        check_length(tokens.size, past, self.context_length)
+        check_ids(tokens, self.vocabulary)
         return self._inner.forward(tokens, past)
 
     def close(self) -> None:

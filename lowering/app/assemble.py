@@ -65,7 +65,7 @@ class Prepared:
         calibration: what they were calibrated on, for the manifest.
         floats: the last program in which every site was still float: what the packed matrices stand for, transforms
             such as rotations folded in; None where it was not kept.
-        warnings: what may make the result worse than its user expects, a sentence each.
+        notices: sentences that a user should read before the numbers are believed.
         fidelity: what the traced program was compared with the model itself on.
     """
 
@@ -79,12 +79,14 @@ class Prepared:
     records: tuple[StepRecord, ...]
     calibration: dict[str, str | int] | None
     floats: Program | None = None
-    warnings: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     fidelity: Fidelity | None = None
 
 
-def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress) -> None:
-    """Fills an empty folder; the manifest comes last.
+def assemble(
+    directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress
+) -> tuple[str, ...]:
+    """Fills an empty folder; the manifest comes last. Gives what the backend has to say of it.
 
     Raises:
         HikuiError: there is too little room, or the backend cannot build the program.
@@ -112,7 +114,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
     }
     report.write(
         directory, title=f"{name}, {chosen.name}", summary=summary, sizes=taken, sites=sites, steps=prepared.records,
-        warnings=prepared.warnings,
+        notices=(*prepared.notices, *built.notices),
     )  # fmt: skip
     progress("hashes", 0, 1)
     files = artefacts.inventory(directory)
@@ -171,6 +173,7 @@ def assemble(directory: Path, prepared: Prepared, target: Target, backend: "Back
     )
     (directory / artefacts.MANIFEST).write_text(manifest.to_json(), "utf-8")
     progress("hashes", 1, 1)
+    return built.notices
 
 
 def require_room(directory: Path, weights: int) -> None:
@@ -201,8 +204,7 @@ def reference_numbers(program: Program) -> artefacts.Reference:
     prompt = min(_REFERENCE_PROMPT, count)
     tokens = np.random.default_rng(0).integers(0, config.vocabulary, count)
     if program.tokenizer is not None:
-        start = [] if config.bos_token_id is None else [config.bos_token_id]
-        known = [*start, *text.TextCodec(program.tokenizer).encode(_REFERENCE_TEXT)][:count]
+        known = text.TextCodec(program.tokenizer).encode_prompt(_REFERENCE_TEXT)[:count]
         tokens[: len(known)] = known
     runner = ReferenceRunner(program, keep_weights=False)
     rows = [runner.forward(tokens[:prompt], 0)]
@@ -236,6 +238,11 @@ def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens
                 f"The {side}s of layer {layer} are so small that half-precision scales hold "
                 f"{100 * (1 - lost):.0f} % of them; lower without kv_cache."
             )
+
+
+def checkpoint_folders(program: Program) -> list[Path]:
+    """The folders of the files that the weights of a freshly traced program are read from."""
+    return sorted({path.parent for key in program.store.keys() for path in _files(program.store.source(key))})
 
 
 def checkpoint_hashes(program: Program) -> dict[str, str]:

@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from hikui.lowering.app.assemble import Prepared, assemble
+from hikui.lowering.app.assemble import Prepared, assemble, checkpoint_folders
+from hikui.lowering.app.notices import calibration_notices, model_notices
 from hikui.lowering.app.request import Execution, Model, Request, RequestOptions, available_passes
 from hikui.lowering.artefact import manifest as artefacts
 from hikui.lowering.artefact import text
@@ -22,7 +23,7 @@ from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext, Pas
 from hikui.lowering.pipeline.debug_dump import DebugDump
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from hikui.lowering.pipeline.run import Callback, InputUnchanged, Pipeline
-from hikui.lowering.progress import Progress, no_progress
+from hikui.lowering.progress import Progress, log_warning, no_progress
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
@@ -100,20 +101,23 @@ def prepare(
             f"Recipe {chosen.name}: pass {step.name} measures the model on real text and none was given; give some "
             "with --calibration TEXT_FILE."
         )
-    warnings: list[str] = []
+    notices: list[str] = []
 
     def warn(sentence: str) -> None:
         # Tied sites may find the same fault, and one sentence on it is enough.
-        if sentence not in warnings:
-            warnings.append(sentence)
+        if sentence not in notices:
+            notices.append(sentence)
             execution.warn(sentence)
 
     execution.progress("trace", 0, 1)
     traced, fidelity = request.compared(scratch=scratch)
     execution.progress("trace", 1, 1)
-    for sentence in traced.cautions:
-        warn(sentence)
     data = None if path is None else read_calibration(traced, path, chosen.calibration)
+    for notice in model_notices(traced, request.source, checkpoint_folders(traced)):
+        warn(notice)
+    if data is not None and any(step.calibrates for step in passes):
+        for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
+            warn(notice)
     keep = _KeepCanonical(keep_floats)
     callbacks: list[Callback] = [keep]
     if execution.debug_dump is not None:
@@ -148,7 +152,7 @@ def prepare(
         tuple(pipeline.records),
         None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
         keep.floats,
-        tuple(warnings),
+        tuple(notices),
         fidelity,
     )
 
@@ -173,7 +177,8 @@ def build(
     board = resolve(target) if isinstance(target, str) else target
     builder = make_backend(backend)
     with StagedFolder(Path(output), artefacts.MANIFEST) as staged:
-        assemble(staged.content, prepared, board, builder, progress)
+        for notice in assemble(staged.content, prepared, board, builder, progress):
+            log_warning(notice)
     return Artefact.load(staged.destination)
 
 
@@ -186,7 +191,7 @@ def read_calibration(program: Program, path: Path, settings: CalibrationSettings
         )
     return calibrations.draw(
         documents,
-        text.TextCodec(program.tokenizer).encode,
+        text.TextCodec(program.tokenizer).encode_prompt,
         program.config,
         samples=settings.samples,
         tokens=settings.tokens,
@@ -212,7 +217,7 @@ def lower(
         target: a target's name (`hikui targets`), or `host`.
         backend: `tvm` or `onnxruntime`.
         execution: how the work is done.
-        **options: `recipe`, `calibration`, `context`, `target_bpw`, `tokenizer`, as in `Request`.
+        **options: `recipe`, `calibration`, `context`, `target_bpw`, `tokenizer`, `trust_remote_code`, as in `Request`.
 
     Raises:
         HikuiError: one sentence that says what is wrong and the way out.
@@ -234,7 +239,8 @@ def make_artefact(
     finished = resume_folder(Path(output))
     with StagedFolder(Path(output), artefacts.MANIFEST) as staged:
         prepared = prepare(request, execution, scratch=staged.scratch, finished=finished if execution.resume else None)
-        assemble(staged.content, prepared, board, builder, execution.progress)
+        for notice in assemble(staged.content, prepared, board, builder, execution.progress):
+            execution.warn(notice)
     shutil.rmtree(finished, ignore_errors=True)
     return Artefact.load(staged.destination)
 

@@ -10,6 +10,7 @@ import torch
 from hikui.lowering.checkpoint.folder import Checkpoint, read_safetensors
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.files import write_whole
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.reader import from_text
 from hikui.lowering.ir.store import TensorSource, WeightStore
@@ -30,7 +31,7 @@ def is_program(model: str) -> bool:
 
 def _first_word(path: Path) -> str:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             words = (line.split(maxsplit=1)[0] for line in islice(file, _HEAD) if line.strip())
             return next((word for word in words if not word.startswith("//")), "")
     except (OSError, UnicodeDecodeError):
@@ -38,7 +39,7 @@ def _first_word(path: Path) -> str:
 
 
 def read_program(
-    path: Path, *, weights: Path | None = None, seed: int | None = None, tokenizer: Path | None = None
+    path: Path, *, weights: Path | None = None, seed: int | None = None, tokenizer: ModelTokenizer | None = None
 ) -> Program:
     """The program of a file.
 
@@ -46,14 +47,14 @@ def read_program(
         path: the text.
         weights: a safetensors file, or a checkpoint's folder, that has them by the names in the text.
         seed: makes those that are not given; with `weights` all must be given where it is None.
-        tokenizer: folder with a tokenizer, which a text never holds.
+        tokenizer: what a text never holds.
 
     Raises:
         UsageError: the file cannot be read or is no program.
         HikuiError: the weights are not those that the text names.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}; give a file that --print-ir wrote.") from error
     except UnicodeDecodeError as error:

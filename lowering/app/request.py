@@ -10,7 +10,7 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline import recipe as recipes
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.recipe import Recipe
-from hikui.lowering.progress import Announce, Progress, Warn, no_announcement, no_progress, no_warning
+from hikui.lowering.progress import Announce, Progress, log_warning, no_announcement, no_progress
 from hikui.lowering.trace import Fidelity, trace, trace_and_compare
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class RequestOptions(TypedDict, total=False):
     context: int | None
     target_bpw: float | None
     tokenizer: str | Path | None
+    trust_remote_code: bool
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Request:
         context: context length; by default the model's own, at most 2048.
         target_bpw: budget in bits per weight for the pass of the recipe that keeps to one.
         tokenizer: folder with a tokenizer, instead of the model's own.
+        trust_remote_code: run Python files that come with the model, the tokenizer or a task; otherwise what needs them
+            is refused.
     """
 
     model: Model
@@ -50,6 +53,7 @@ class Request:
     context: int | None = None
     target_bpw: float | None = None
     tokenizer: str | Path | None = None
+    trust_remote_code: bool = False
 
     @property
     def name(self) -> str:
@@ -78,7 +82,14 @@ class Request:
         Raises:
             HikuiError: the model cannot be opened or traced.
         """
-        return trace(self.source, context=self.context, scratch=scratch, tokenizer=self.tokenizer, finite=finite)
+        return trace(
+            self.source,
+            context=self.context,
+            scratch=scratch,
+            tokenizer=self.tokenizer,
+            finite=finite,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def compared(self, *, scratch: Path | None = None) -> tuple[Program, Fidelity]:
         """As `traced`, the program held to the logits of the model itself, and how far it was.
@@ -86,7 +97,13 @@ class Request:
         Raises:
             HikuiError: the model cannot be opened or traced, or the trace is not the model.
         """
-        return trace_and_compare(self.source, context=self.context, scratch=scratch, tokenizer=self.tokenizer)
+        return trace_and_compare(
+            self.source,
+            context=self.context,
+            scratch=scratch,
+            tokenizer=self.tokenizer,
+            trust_remote_code=self.trust_remote_code,
+        )
 
     def loaded_recipe(self) -> Recipe:
         """The recipe, its budget set to the one that is asked for; see `load_recipe`."""
@@ -108,7 +125,7 @@ class Execution:
         check_inputs: hold every pass to leaving the program alone that it was given.
         progress: called with what is being done.
         announce: told what passes are about to need.
-        warn: told what may make the result worse than expected; the report of an artefact says it too.
+        warn: told what a user should know before the numbers are believed.
     """
 
     resume: bool = True
@@ -118,7 +135,7 @@ class Execution:
     check_inputs: bool = False
     progress: Progress = no_progress
     announce: Announce = no_announcement
-    warn: Warn = no_warning
+    warn: Announce = log_warning
 
 
 def available_passes() -> dict[str, type[Pass]]:

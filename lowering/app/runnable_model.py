@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.assemble import Prepared, checkpoint_folders
 from hikui.lowering.app.lower import prepare
+from hikui.lowering.app.notices import model_notices
 from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import text
@@ -12,6 +13,7 @@ from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.manifest import Artefact, is_artefact, read_manifest
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.interpreter import ReferenceRunner
 
@@ -31,7 +33,6 @@ class RunnableModel:
     kind: str
     runner: Runner
     codec: TextCodec
-    bos: int | None
     eos: tuple[int, ...]
     true_bpw: float
     linear_bytes: int
@@ -60,8 +61,9 @@ def open_runnable_model(
     if request.recipe is None:
         kind = "interpreter, float"
         program, _ = request.compared()
-        for sentence in program.cautions:
-            execution.warn(sentence)
+        if program.tokenizer is not None:
+            for notice in model_notices(program, request.source, checkpoint_folders(program)):
+                execution.warn(notice)
     else:
         prepared = prepare(request, execution, keep_floats=keep_floats)
         kind, program = f"interpreter, recipe {prepared.recipe.name}", prepared.program
@@ -72,7 +74,6 @@ def open_runnable_model(
         kind,
         ReferenceRunner(program),
         text.TextCodec(program.tokenizer),
-        program.config.bos_token_id,
         program.config.eos_token_ids,
         round(measured.true_bpw, 6),
         measured.linear_bytes,
@@ -82,7 +83,7 @@ def open_runnable_model(
 
 
 def _artefact(request: Request, emulate: bool) -> RunnableModel:
-    if replace(request, tokenizer=None) != Request(request.model, None):
+    if replace(request, tokenizer=None, trust_remote_code=False) != Request(request.model, None):
         raise UsageError(
             f"{request.model} is an artefact, whose recipe and context are fixed; give a model to try others."
         )
@@ -91,8 +92,9 @@ def _artefact(request: Request, emulate: bool) -> RunnableModel:
     return RunnableModel(
         f"artefact, {artefact.manifest.backend} for {artefact.manifest.target.name}",
         open_runner(artefact, emulate=emulate),
-        artefact.codec() if request.tokenizer is None else TextCodec(Path(request.tokenizer)),
-        artefact.manifest.model.bos_token_id,
+        artefact.codec()
+        if request.tokenizer is None
+        else TextCodec(ModelTokenizer(Path(request.tokenizer), request.trust_remote_code)),
         artefact.manifest.model.eos_token_ids,
         taken.true_bpw,
         taken.linear_bytes,

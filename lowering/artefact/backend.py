@@ -17,11 +17,13 @@ class BuildResult:
         files: every file written, relative to the build's directory, sorted, with forward slashes.
         entry: what the manifest says of the program, for whoever loads the artefact.
         requirements: what the board must offer beside the target's CPU features, such as `glibc: 2.28`.
+        notices: sentences on what the artefact cannot do, for whoever lowers it.
     """
 
     files: tuple[str, ...]
     entry: dict[str, object] = field(default_factory=dict)
     requirements: dict[str, str] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 class Backend(Protocol):

@@ -1,5 +1,6 @@
 """Generation: drives any runner, the reference interpreter among them, and measures it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,10 +38,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise UsageError(f"A temperature of {self.temperature} makes no sense; give 0 (greedy) or more.")
         if self.top_k < 0:
             raise UsageError(f"A top-k of {self.top_k} makes no sense; give 0 (all tokens) or more.")
+        if self.seed < 0:
+            raise UsageError(f"A seed of {self.seed} makes no sense; give 0 or more.")
 
     def chooser(self) -> Callable[[npt.NDArray[np.float32]], int]:
         """A function from the logits [V] of one position to the next token."""
@@ -67,11 +70,13 @@ class Generation:
         tokens: the new tokens, without the one that ended the text.
         first_token_seconds: from the call to the first new token, the prompt's processing included.
         tokens_per_second: of the tokens after the first; None where there were none.
+        full: whether the text ends because the cache is full.
     """
 
     tokens: list[int]
     first_token_seconds: float
     tokens_per_second: float | None
+    full: bool = False
 
 
 def stream(
@@ -83,7 +88,7 @@ def stream(
         HikuiError: the prompt is empty or longer than the cache, or logits are not finite.
     """
     if not prompt:
-        raise HikuiError("The prompt has no tokens and the model has no BOS token; give a longer prompt.")
+        raise HikuiError("The prompt has no tokens, and the tokenizer puts none before a text; give a longer prompt.")
     if len(prompt) > runner.context_length:
         raise HikuiError(
             f"The prompt has {len(prompt)} tokens, but the cache holds {runner.context_length}; shorten the prompt or "
@@ -131,4 +136,7 @@ def generate(
     if not tokens:
         first = last = time.perf_counter()
     later = len(tokens) - 1
-    return Generation(tokens, first - start, later / (last - first) if later > 0 and last > first else None)
+    rate = later / (last - first) if later > 0 and last > first else None
+    # A full cache takes one token less than there are: the last one was never read.
+    full = len(prompt) + len(tokens) - 1 == runner.context_length and len(tokens) < max_new_tokens
+    return Generation(tokens, first - start, rate, full)

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.cache_shape import FLOAT_CACHE
+from hikui.lowering.json_text import parse_json
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.resolved.yaml"
@@ -190,7 +191,16 @@ class Artefact:
         return artefact
 
     def codec(self) -> TextCodec:
-        """The model's tokenizer."""
+        """The model's tokenizer.
+
+        Raises:
+            HikuiError: the model was lowered without one.
+        """
+        if not (self.directory / TOKENIZER).is_dir():
+            raise HikuiError(
+                f"{self.directory} was lowered without a tokenizer, so it takes token ids only; lower the model again "
+                "with --tokenizer FOLDER to give it text."
+            )
         return TextCodec(self.directory / TOKENIZER)
 
     def reference(self) -> Reference:
@@ -198,9 +208,8 @@ class Artefact:
         return Reference.load(self.directory / REFERENCE)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, after BOS where the model has one."""
-        bos = self.manifest.model.bos_token_id
-        return [*([] if bos is None else [bos]), *self.codec().encode(text)]
+        """Token ids of a prompt, with the special tokens that the tokenizer adds; see `TextCodec`."""
+        return self.codec().encode_prompt(text)
 
 
 def is_artefact(path: Path) -> bool:
@@ -216,7 +225,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = json.loads(path.read_text("utf-8"))
+        content = parse_json(path.read_text("utf-8-sig"))
     except FileNotFoundError:
         raise HikuiError(f"{directory} is not an artefact: it has no {MANIFEST}; `hikui lower` makes one.") from None
     except OSError as error:

@@ -94,13 +94,13 @@ def write(
     sizes: Sizes,
     sites: Sequence[SiteReport],
     steps: Sequence[StepRecord],
-    warnings: Sequence[str] = (),
+    notices: Sequence[str] = (),
 ) -> None:
     """Writes report.json and report.html; neither holds a time, so that a second run writes the same bytes."""
     content = {
         "title": title,
         "summary": dict(summary),
-        "warnings": list(warnings),
+        "notices": list(notices),
         "sizes": {
             "linear_bytes": sizes.linear_bytes,
             "branch_bytes": sizes.branch_bytes,

@@ -4,7 +4,6 @@ Safetensors headers are parsed here rather than by the library because a damaged
 and because a tensor is read by offset, so that neither a mapping nor a handle stays open.
 """
 
-import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,9 @@ from torch import Tensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
 from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.huggingface.tokenizer import MAIN_FILES
 from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, Transposed, WeightStore
+from hikui.lowering.json_text import parse_json
 
 _SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16,
@@ -121,8 +122,7 @@ class Checkpoint:
 
     def tokenizer_folder(self) -> Path | None:
         """The folder, if it holds a tokenizer."""
-        names = ("tokenizer.json", "tokenizer.model", "vocab.json")
-        return self.folder if any((self.folder / name).is_file() for name in names) else None
+        return self.folder if any((self.folder / name).is_file() for name in MAIN_FILES) else None
 
     def find(self, names: Sequence[str], base_prefix: str) -> str | None:
         """The checkpoint's key for a module parameter.
@@ -207,7 +207,7 @@ def _quantisation(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise HikuiError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
@@ -262,7 +262,7 @@ def read_safetensors(path: Path) -> dict[str, FileTensor]:
     if len(text) < length:
         raise HikuiError(f"{path} is truncated: its header alone takes {8 + length} bytes, the file has {size}.")
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         entries = {key: entry for key, entry in sorted(header.items()) if key != "__metadata__"}
     except (ValueError, AttributeError) as error:
         raise HikuiError(f"{path} is corrupt: its safetensors header is not a JSON object.") from error

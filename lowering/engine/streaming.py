@@ -21,9 +21,10 @@ from torch import Tensor, fx
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.interpreter import check_length, empty_cache
+from hikui.lowering.ir.interpreter import empty_cache
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import FLOAT_WEIGHT, WEIGHT, Program, evaluate
+from hikui.lowering.ir.steps import check_ids, check_length
 from hikui.lowering.memory import give_back
 
 ACTIVATION_MEMORY = 1 << 30
@@ -89,6 +90,7 @@ class Stream:
     ) -> None:
         for text in texts:
             check_length(text.shape[1], 0, program.config.context_length)
+            check_ids(text.numpy(), program.config.vocabulary)
         self.program = program
         self._workers = workers or Workers(1)
         self._memory = memory

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
-from hikui.lowering.errors import UsageError
+from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation.quality import Progress
+from hikui.lowering.json_text import not_utf8, parse_json
 from hikui.lowering.progress import no_progress
+from hikui.lowering.yaml_text import compose
 
 BOOTSTRAP = 1000
 """Draws for the standard error of what has no closed form, such as a perplexity."""
@@ -103,11 +108,12 @@ def read_tasks(names: Sequence[str]) -> list[TaskFile]:
 
 def _read(path: Path) -> TaskFile:
     if path.suffix == ".yaml":
+        _check_configuration(path, frozenset())
         return TaskFile(path)
     if path.suffix != ".jsonl":
         raise UsageError(f"{path} is no task: tasks are .jsonl and .yaml files.")
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The task {path} cannot be read: {error}.") from None
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -120,12 +126,31 @@ def _read(path: Path) -> TaskFile:
     return TaskFile(path, tuple(rows), choices)
 
 
+def _check_configuration(path: Path, above: frozenset[Path]) -> None:
+    """Refuses a configuration, or one that it includes, that is no YAML or too much of it."""
+    try:
+        text = path.read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The task {path} cannot be read: {error}.") from None
+    node = compose(text, str(path), tags=("!function",))
+    if node is None:
+        raise UsageError(f"{path}:1: a task's configuration is a mapping, as lm-eval's are.")
+    for key, value in node.value:
+        if key.value == "include":
+            for part in value.value if isinstance(value.value, list) else [value]:
+                included = path.parent / str(part.value)
+                if included.is_file() and included.resolve() not in above:
+                    _check_configuration(included, above | {path.resolve()})
+
+
 def _row(line: str, where: str) -> dict[str, Any]:
     """One row in the form that the task's configuration reads."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UsageError(f"{where}: this is not JSON: {error}.") from None
+    if not_utf8(json.dumps(row, ensure_ascii=False)) is not None:
+        raise UsageError(f"{where}: this row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text.")
     fields = row if isinstance(row, dict) else {}
     context, choices, label, target = (fields.get(key) for key in ("context", "choices", "label", "target"))
     if context is None and choices is None and isinstance(fields.get("text"), str):
@@ -154,9 +179,9 @@ def run_tasks(
     codec: TextCodec,
     files: Sequence[TaskFile],
     *,
-    bos: int | None,
     eos: Sequence[int],
     limit: int | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = no_progress,
 ) -> HarnessReport:
     """Runs tasks without examples in the context, as `num_fewshot: 0` does; a YAML configuration may say otherwise.
@@ -165,16 +190,17 @@ def run_tasks(
         runner: the model.
         codec: its tokenizer.
         files: as `read_tasks` gives them.
-        bos: token before every request, or None.
         eos: tokens that end a text.
         limit: only the first so many documents of each task.
+        trust_remote_code: run Python that a configuration names with `!function`, or a metric that is a script.
         progress: called with how many requests are done.
 
     Raises:
-        UsageError: a YAML configuration is not one, or names data that is not local.
+        UsageError: a YAML configuration is not one, names data that is not local or code that is not trusted, or has a
+            template that fails.
         HikuiError: a request does not fit the model's context, or logits are not finite.
     """
-    with _offline() as cache, _quiet():
+    with _offline() as cache, _quiet(), _guarded(trust_remote_code) as refused:
         import datasets
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.evaluator import evaluate
@@ -192,8 +218,14 @@ def run_tasks(
                     task.set_config("num_fewshot", 0)
                 task.set_fewshot_seed(seed=0)
                 tasks[task.task_name] = task
-        model = HarnessModel(runner, codec, bos=bos, eos=eos, progress=progress)
-        results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        refused.check()
+        model = HarnessModel(runner, codec, eos=eos, progress=progress)
+        try:
+            results = evaluate(model, {"tasks": tasks}, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        except (jinja2.TemplateError, OverflowError) as error:
+            names = ", ".join(str(file.path) for file in files if file.rows is None)
+            raise UsageError(f"A template of the task {names} cannot be rendered: {error}.") from None
+        refused.check()
     scores = tuple(_score(name, found) for name, found in results["results"].items())
     return HarnessReport(scores, model.prefix, model.truncated)
 
@@ -239,6 +271,10 @@ def _configured(file: TaskFile) -> list[Any]:
         with contextlib.chdir(path.parent):
             manager = TaskManager(include_path=str(path.parent), include_defaults=False)
             return list(manager.load([str(path)])["tasks"].values())
+    except HikuiError:
+        raise
+    except (jinja2.TemplateError, OverflowError) as error:
+        raise UsageError(f"A template of the task {file.path} cannot be rendered: {error}.") from None
     except Exception as error:  # the library and its data loaders share no base class
         reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
         raise UsageError(
@@ -270,6 +306,49 @@ def _offline() -> Iterator[Path]:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+class _Refused:
+    """Stands in for what would run Python that a task names."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+
+    def __call__(self, name: str, *args: object, **options: object) -> None:
+        self._name = str(name)
+        self.check()
+
+    def check(self) -> None:
+        """Says it again where the library has swallowed it."""
+        if self._name is not None:
+            raise UsageError(
+                f"A task asks for '{self._name}', which is Python code beside it and is not run; read that code, and "
+                "give --trust-remote-code (trust_remote_code=True) if you trust it."
+            )
+
+
+@contextlib.contextmanager
+def _guarded(trusted: bool) -> Iterator[_Refused]:
+    """Templates run in a sandbox, and Python that a task names only where it is trusted."""
+    from lm_eval import utils
+    from lm_eval.tasks import _yaml_loader
+
+    sandbox = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    sandbox.filters.update(utils.env.filters)
+    refused = _Refused()
+    replaced: list[tuple[Any, str, Any]] = [(utils, "env", sandbox)]
+    if not trusted:
+        replaced += [(_yaml_loader, name, refused) for name in ("_import_func_in_yml", "_import_fun_from_str")]
+        if importlib.util.find_spec("evaluate") is not None:
+            replaced.append((importlib.import_module("evaluate"), "load", refused))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    for owner, name, value in replaced:
+        setattr(owner, name, value)
+    try:
+        yield refused
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 @contextlib.contextmanager

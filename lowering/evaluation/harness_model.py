@@ -20,14 +20,13 @@ MAX_GENERATED = 256
 class HarnessModel(LM):  # type: ignore[misc]
     """A runner that answers lm-eval's requests.
 
-    Text is encoded without special tokens. BOS, where the model has one, stands before every request; a model that has
-    none gets its end-of-text token before an empty context only. What is longer than the context loses tokens on its
-    left, BOS apart.
+    The special tokens that the tokenizer puts before a text (BOS, for most) stand before every request, those that it
+    puts behind one are left out; where it puts none, the end-of-text token stands before an empty context only. What is
+    longer than the context loses tokens on its left, special ones apart.
 
     Args:
         runner: the model.
         codec: its tokenizer.
-        bos: token before every request, or None.
         eos: tokens that end a text.
         progress: called with how many requests are done.
 
@@ -35,11 +34,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         truncated: requests that lost tokens.
     """
 
-    def __init__(
-        self, runner: Runner, codec: TextCodec, *, bos: int | None, eos: Sequence[int], progress: Progress
-    ) -> None:
+    def __init__(self, runner: Runner, codec: TextCodec, *, eos: Sequence[int], progress: Progress) -> None:
         super().__init__()
-        self._runner, self._codec, self._bos, self._eos, self._progress = runner, codec, bos, tuple(eos), progress
+        self._runner, self._codec, self._eos, self._progress = runner, codec, tuple(eos), progress
         self._held: list[int] = []
         """The tokens that the runner's cache holds."""
         self.truncated = 0
@@ -47,11 +44,12 @@ class HarnessModel(LM):  # type: ignore[misc]
     @property
     def prefix(self) -> str:
         """What stands before a request, in words."""
-        if self._bos is not None:
-            return f"BOS (token {self._bos}) before every request"
+        if self._codec.prefix:
+            tokens = self._codec.prefix
+            return f"token{'s' if len(tokens) > 1 else ''} {', '.join(map(str, tokens))} before every request"
         if self._eos:
-            return f"no BOS; the end-of-text token {self._eos[0]} before an empty context"
-        return "no BOS"
+            return f"no special tokens; the end-of-text token {self._eos[0]} before an empty context"
+        return "no special tokens"
 
     # ── what lm-eval calls ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -76,8 +74,12 @@ class HarnessModel(LM):  # type: ignore[misc]
         for done, request in enumerate(requests):
             (text,) = request.args
             ids = self._codec.encode(text)
-            total, context = 0.0, self._runner.context_length
-            for before, targets in get_rolling_token_windows(ids, self._start(), context, 1):
+            if self._codec.prefix and self._codec.begins(ids):
+                ids = ids[len(self._codec.prefix) :]
+            *lead, start = self._start()
+            total, context = 0.0, self._runner.context_length - len(lead)
+            for window, targets in get_rolling_token_windows(ids, start, context, 1):
+                before, lead = [*lead, *window], []
                 ids_of_window = [*before, targets[-1]]
                 total += self._score(ids_of_window, len(ids_of_window) - len(targets))[0]
             out.append(total)
@@ -94,15 +96,15 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     # ── how they are answered ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _start(self) -> int:
-        """The token before a text that has nothing before it."""
-        if self._bos is not None:
-            return self._bos
+    def _start(self) -> list[int]:
+        """The tokens before a text that has nothing before it."""
+        if self._codec.prefix:
+            return list(self._codec.prefix)
         if self._eos:
-            return self._eos[0]
+            return [self._eos[0]]
         raise HikuiError(
-            "The model has neither BOS nor an end-of-text token, so nothing predicts the first token of an empty "
-            "context; leave such tasks out."
+            "The tokenizer puts no special token before a text and the model has no end-of-text token, so nothing "
+            "predicts the first token of an empty context; leave such tasks out."
         )
 
     def _encode(self, context: str, continuation: str) -> tuple[list[int], int]:
@@ -111,12 +113,12 @@ class HarnessModel(LM):  # type: ignore[misc]
         bare = context.rstrip()
         continuation = context[len(bare) :] + continuation
         whole, before = self._codec.encode(bare + continuation), len(self._codec.encode(bare)) if bare else 0
-        prefix = [self._start()] if self._bos is not None or before == 0 else []
+        prefix = self._codec.before(whole) if self._codec.prefix else self._start() if before == 0 else []
         ids, first = [*prefix, *whole], len(prefix) + before
         excess = len(ids) - (self._runner.context_length + 1)
         if excess <= 0:
             return ids, first
-        kept = 1 if self._bos is not None else 0
+        kept = len(self._codec.prefix)
         if first - excess < max(kept, 1):
             raise HikuiError(
                 f"A continuation of {len(ids) - first} tokens does not fit the context of "
@@ -154,7 +156,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         # Half of the context is the prompt's.
         count = min(int(options.get("max_gen_toks", MAX_GENERATED)), self._runner.context_length // 2)
         prompt = self._codec.encode(context)
-        prefix = [self._start()] if self._bos is not None or not prompt else []
+        if self._codec.prefix and self._codec.begins(prompt):
+            prompt = prompt[len(self._codec.prefix) :]
+        prefix = self._start() if self._codec.prefix or not prompt else []
         excess = len(prefix) + len(prompt) + count - self._runner.context_length
         if excess > 0:
             self.truncated += 1

@@ -1,7 +1,7 @@
 """Quality and speed of anything that runs: one protocol for the float model, a lowered graph and an artefact.
 
-How a text is read is `protocols.py`'s. Bits are summed over the predicted tokens and divided by the characters that
-those tokens spell.
+How a text is read is `protocols.py`'s. Bits are summed over the predicted tokens and divided by the characters of the
+text that those tokens stand for.
 """
 
 import math
@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hikui.lowering.artefact.generate import Runner, generate
-from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.evaluation.protocols import Excerpt, document_excerpts
+from hikui.lowering.evaluation.protocols import Excerpt
 
 PIECE = 256
 """Tokens in one call of a runner: bounds the logits that are alive at once."""
@@ -129,19 +128,6 @@ class Speed:
     new_tokens: int
     first_token_seconds: float
     tokens_per_second: float
-
-
-def quality(
-    runner: Runner,
-    documents: Sequence[Sequence[int]],
-    codec: TextCodec,
-    *,
-    bos: int | None,
-    against: Runner | None = None,
-    progress: Progress | None = None,
-) -> tuple[Quality, Quality | None]:
-    """`measure` on encoded documents."""
-    return measure(runner, document_excerpts(documents, codec, bos=bos), against=against, progress=progress)
 
 
 def measure(

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import WEIGHT, Program, evaluate
+from hikui.lowering.ir.steps import check_ids, check_length
 from hikui.lowering.memory import give_back
 
 _HOLES = 1 << 28
@@ -38,15 +38,6 @@ def empty_cache(node: fx.Node) -> Tensor:
     """Zeros of the shape and dtype of a cache placeholder: that cache before the first token."""
     value = node.meta["val"]
     return torch.zeros(tuple(int(size) for size in value.shape), dtype=value.dtype)
-
-
-def check_length(tokens: int, past: int, context: int) -> None:
-    """Raises HikuiError where the cache cannot hold `tokens` more."""
-    if past + tokens > context:
-        raise HikuiError(
-            f"{past + tokens} tokens do not fit the cache of {context}; "
-            "shorten the prompt or lower with a larger --context."
-        )
 
 
 class Interpreter:
@@ -98,9 +89,10 @@ class Interpreter:
             Logits float32 [1, T, V] and the new caches.
 
         Raises:
-            HikuiError: the tokens do not fit the cache.
+            HikuiError: the tokens do not fit the cache, or are none of the model's.
         """
         check_length(tokens.shape[1], past, self.program.config.context_length)
+        check_ids(tokens.numpy(), self.program.config.vocabulary)
         env: dict[fx.Node, object] = dict(
             zip(self.program.input_nodes(), (tokens, torch.tensor([past]), *caches), strict=True)
         )

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the hikui ops that graphs hold)
 from hikui.lowering.errors import VerificationError
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.cache_shape import FLOAT_CACHE, CacheShape, CacheTensor
 from hikui.lowering.ir.store import WeightStore
 
@@ -106,14 +106,14 @@ class Program:
         graph_module: the graph, in the calling convention of docs/architecture.md.
         store: the weights that the graph's placeholders name.
         config: what a runner must know.
-        tokenizer: folder with the tokenizer's files, if the model came with one.
+        tokenizer: the one that the model came with, if any.
         cautions: what its user should know of how the model was read, a sentence each.
     """
 
     graph_module: fx.GraphModule
     store: WeightStore
     config: ModelConfig
-    tokenizer: Path | None = None
+    tokenizer: ModelTokenizer | None = None
     cautions: tuple[str, ...] = ()
 
     @property

@@ -10,7 +10,7 @@ from hikui.lowering.ir.program import ModelConfig
 from hikui.lowering.pipeline.contract import Calibration
 
 Encode = Callable[[str], list[int]]
-"""Text to token ids, without special tokens."""
+"""Text to token ids, with the special tokens that the tokenizer adds."""
 
 _CHARACTERS_PER_TOKEN = 8
 
@@ -21,13 +21,13 @@ def draw(
     """Draws windows of text to calibrate on.
 
     Documents are cut into pieces of about twice a window, which are visited in an order drawn with `seed`; each gives
-    its first tokens after BOS. Short windows, from short documents, are taken only where there are too few full ones;
-    text that is too little gives fewer windows.
+    its first tokens, special ones among them. Short windows, from short documents, are taken only where there are too
+    few full ones; text that is too little gives fewer windows.
 
     Args:
         documents: the text.
         encode: the model's tokenizer.
-        config: says the BOS token and bounds the window by the context length.
+        config: bounds the window by the context length.
         samples: windows to draw.
         tokens: tokens in a window.
         seed: of the order.
@@ -37,13 +37,12 @@ def draw(
         HikuiError: no document has two tokens.
     """
     length = min(tokens, config.context_length)
-    prefix = [] if config.bos_token_id is None else [config.bos_token_id]
     full: list[list[int]] = []
     short: list[list[int]] = []
     width = _CHARACTERS_PER_TOKEN * length
     pieces = [document[at : at + width] for document in documents for at in range(0, len(document), width)]
     for index in np.random.default_rng(seed).permutation(len(pieces)):
-        ids = (prefix + encode(pieces[int(index)].strip()))[:length]
+        ids = encode(pieces[int(index)].strip())[:length]
         if len(ids) == length:
             full.append(ids)
         elif len(ids) >= 2:

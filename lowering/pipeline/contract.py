@@ -6,7 +6,8 @@ in Python alike. It never changes the program it is given: it works on a clone, 
 """
 
 import json
-from abc import ABC, abstractmethod
+import math
+from abc import ABCMeta, abstractmethod
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.engine.resume import Resume
+from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import Program
-from hikui.lowering.progress import Announce, Progress, Warn, no_announcement, no_progress, no_warning
+from hikui.lowering.progress import Announce, Progress, no_announcement, no_progress
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class PassContext:
     memory: int | None = None
     jobs: Jobs = field(default_factory=Jobs)
     announce: Announce = no_announcement
-    warn: Warn = no_warning
+    warn: Announce = no_announcement
 
 
 @dataclass
@@ -67,9 +69,36 @@ class PassResult:
     notes: list[str] = field(default_factory=list)
 
 
+MOST = (1 << 63) - 1
+"""The largest whole number that an option may have, because generators and tensors take no larger one."""
+
+
+class _Checked(ABCMeta):
+    """Looks at the numbers of every pass that is made, wherever its options come from."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        names = [option.name for option in fields(cls)]  # type: ignore[arg-type]  # every pass is a dataclass
+        for option, value in (*zip(names, args, strict=False), *options.items()):
+            _check_number(cls.name, option, value)  # type: ignore[attr-defined]  # and has a name
+        return super().__call__(*args, **options)
+
+
+def _check_number(name: str, option: str, value: object) -> None:
+    """Raises UsageError for a number that no option can have; what else a pass asks of its options it says itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} cannot take {option}={value}; give a finite number.")
+    least = 0 if option == "seed" else -MOST
+    if isinstance(value, int) and not (least <= value <= MOST):
+        raise UsageError(f"{name} cannot take {option}={_short(value)}; give a whole number from {least} to {MOST}.")
+
+
+def _short(value: int) -> str:
+    return str(value) if abs(value) < 10**30 else "a number of so many digits"
+
+
 @dataclass(frozen=True)
-class Pass(ABC):
-    """Base of every pass.
+class Pass(metaclass=_Checked):
+    """Base of every pass, whose numbers are finite.
 
     Attributes:
         name: as in pipelines and recipes.
@@ -83,7 +112,7 @@ class Pass(ABC):
     names_sites: ClassVar[bool] = False
     budget: ClassVar[str] = ""
 
-    def requires(self, program: Program) -> None:  # noqa: B027  (most passes take any program)
+    def requires(self, program: Program) -> None:
         """Checks that the program can be taken.
 
         Raises:
@@ -98,7 +127,7 @@ class Pass(ABC):
         not `modified`.
         """
 
-    def ensures(self, program: Program) -> None:  # noqa: B027  (most passes promise no more than the verifier holds)
+    def ensures(self, program: Program) -> None:
         """Checks what the pass promises of its result.
 
         Raises:

@@ -17,6 +17,7 @@ from hikui.lowering.errors import UsageError, did_you_mean
 from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.text import make_pass
+from hikui.lowering.yaml_text import compose, construct
 
 SCHEMA_VERSION = 1
 SHIPPED = Path(__file__).resolve().parents[2] / "recipes"
@@ -172,7 +173,7 @@ def load(name_or_path: str | Path, available: Passes) -> Recipe:
     """
     path = shipped().get(str(name_or_path), Path(name_or_path))
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except FileNotFoundError:
         hint = did_you_mean(str(name_or_path), shipped())
         raise UsageError(
@@ -189,18 +190,12 @@ def parse(text: str, source: str, available: Passes) -> Recipe:
     Raises:
         UsageError: what is wrong, as `source:line: …`.
     """
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UsageError(f"{source}:{line}: this is not YAML: {error.problem}.") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{source}: this is not YAML: {error}.") from None
-    if not isinstance(node, yaml.MappingNode):
+    node = compose(text, source)
+    if node is None:
         raise UsageError(f"{source}:1: a recipe is a mapping with the keys {', '.join(_keys(Recipe))}.")
     _refuse_duplicates(node, source)
     try:
-        recipe = Recipe.model_validate(yaml.safe_load(text))
+        recipe = Recipe.model_validate(construct(text, source))
         for index, step in enumerate(recipe.passes):
             make_pass(step.name, step.options, available.values(), f"{source}:{_line(node, ('passes', index))}: ")
     except ValidationError as error:

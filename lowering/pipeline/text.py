@@ -9,7 +9,7 @@ backslashes included, so that regular expressions need no second escaping.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -45,8 +45,20 @@ def make_pass(name: str, options: Mapping[str, object], available: Iterable[type
             values[key] = _typed(TypeAdapter(hints[key]), value)
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
-            raise UsageError(f"{where}Option '{key}' of pass '{name}' cannot be {value!r}: {reason}.") from error
-    return cls(**values)
+            raise UsageError(f"{where}Option '{key}' of pass '{name}' cannot be {_short(value)}: {reason}.") from error
+    missing = [f.name for f in fields(cls) if f.name not in values and f.default is f.default_factory is MISSING]
+    if missing:
+        raise UsageError(f"{where}Pass '{name}' lacks its option '{missing[0]}'; give it.")
+    try:
+        return cls(**values)
+    except UsageError as error:
+        raise UsageError(f"{where}{error}") from error
+
+
+def _short(value: object) -> str:
+    """A value as it was written, cut where it would fill the screen."""
+    text = f"of {value.bit_length()} bits" if isinstance(value, int) and value.bit_length() > 256 else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _typed(adapter: TypeAdapter[object], value: object) -> object:

@@ -26,6 +26,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops that the wrapper calls)
 from hikui.lowering.checkpoint.folder import check_finite
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.huggingface.remote_code import refuse_tokenizer_code
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import MemoryTensor, TensorSource, WeightStore
@@ -45,6 +47,7 @@ def trace(
     scratch: Path | None = None,
     tokenizer: str | Path | None = None,
     finite: bool = True,
+    trust_remote_code: bool = False,
 ) -> Program:
     """Trace a model into a program.
 
@@ -54,6 +57,7 @@ def trace(
         scratch: Folder for tensors that passes make; None keeps them in memory.
         tokenizer: Folder with a tokenizer, instead of the checkpoint's own.
         finite: Look for NaN and infinity in the weights, which reads each of them once.
+        trust_remote_code: Run Python files that come with the checkpoint or the tokenizer.
 
     Returns:
         The program in the calling convention of docs/architecture.md, unquantised; `hikui.block` is set on the nodes
@@ -63,7 +67,8 @@ def trace(
         HikuiError: The checkpoint is damaged or the model cannot be traced; names the tensor, or module and line.
         UsageError: The context is not one that the model admits.
     """
-    return _traced(_open(model), context, scratch, tokenizer, finite)
+    opened, known = _open(model, tokenizer, trust_remote_code)
+    return _traced(opened, known, context, scratch, finite)
 
 
 def trace_and_compare(
@@ -73,24 +78,32 @@ def trace_and_compare(
     scratch: Path | None = None,
     tokenizer: str | Path | None = None,
     finite: bool = True,
+    trust_remote_code: bool = False,
 ) -> tuple[Program, Fidelity]:
     """As `trace`, and holds the program to the model's own logits.
 
     Raises:
         HikuiError: also where the program's logits are not the model's, or not finite.
     """
-    opened = _open(model)
+    opened, known = _open(model, tokenizer, trust_remote_code)
     own = own_model(opened)
-    program = _traced(opened, context, scratch, tokenizer, finite)
+    program = _traced(opened, known, context, scratch, finite)
     return program, compare(program, own, opened.sources)
 
 
-def _open(model: str | Path | nn.Module) -> OpenModel:
-    return open_model(model, FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True))
+def _open(
+    model: str | Path | nn.Module, tokenizer: str | Path | None, trusted: bool
+) -> tuple[OpenModel, ModelTokenizer | None]:
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    opened = open_model(model, mode, trust_remote_code=trusted)
+    folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
+    if folder is not None:
+        refuse_tokenizer_code(folder, trusted=trusted)
+    return opened, None if folder is None else ModelTokenizer(folder, trusted)
 
 
 def _traced(
-    opened: OpenModel, context: int | None, scratch: Path | None, tokenizer: str | Path | None, finite: bool
+    opened: OpenModel, tokenizer: ModelTokenizer | None, context: int | None, scratch: Path | None, finite: bool
 ) -> Program:
     length = opened.context(context)
     decoder, caches, masks = _prepare(opened, length)
@@ -114,8 +127,7 @@ def _traced(
         bos_token_id=opened.bos_token_id,
         eos_token_ids=opened.eos_token_ids,
     )
-    folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, folder)
+    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, tokenizer)
     # Identities and layout were cut out, so strides may differ from what export saw.
     program.propagate(everything=True)
     program.recompile()

@@ -14,11 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.huggingface.config import refuse_adapter, refuse_more_layers, refuse_non_finite, token_ids
+from hikui.lowering.huggingface.remote_code import refuse_model_code
 from hikui.lowering.ir.store import MemoryTensor, TensorSource
 
 DEFAULT_CONTEXT = 2048
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_BOS, _EOS = "bos_token_id", "eos_token_id"
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt")
 
 
@@ -61,26 +64,27 @@ class OpenModel:
         return wanted
 
 
-def open_model(model: str | Path | nn.Module, mode: FakeTensorMode) -> OpenModel:
-    """Opens a model; `mode` makes the fake parameters.
+def open_model(model: str | Path | nn.Module, mode: FakeTensorMode, *, trust_remote_code: bool = False) -> OpenModel:
+    """Opens a model; `mode` makes the fake parameters, and Python files of the checkpoint run only where trusted.
 
     Raises:
-        HikuiError: The checkpoint is missing, damaged, quantised in a way that is not read, or no causal language
-            model.
+        HikuiError: The checkpoint is missing, damaged, quantised in a way that is not read, no causal language model,
+            or one that needs code of its own.
     """
     if isinstance(model, nn.Module):
         return _open_module(model, mode)
     folder = Path(model)
     if not folder.exists() and isinstance(model, str) and _HUB_ID.fullmatch(model):
-        folder = _download(model)
-    return _open_folder(folder, mode)
+        folder = _download(model, trust_remote_code)
+    return _open_folder(folder, mode, trust_remote_code)
 
 
-def _download(name: str) -> Path:
+def _download(name: str, trusted: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        patterns = [*_HUB_FILES, *(("*.py",) if trusted else ())]
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):  # older repositories hold pickles only
             snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
         return folder
@@ -89,9 +93,14 @@ def _download(name: str) -> Path:
         raise HikuiError(f"There is no folder {name}, and the hub did not give it: {reason}.") from error
 
 
-def _open_folder(folder: Path, mode: FakeTensorMode) -> OpenModel:
+def _open_folder(folder: Path, mode: FakeTensorMode, trusted: bool) -> OpenModel:
+    refuse_adapter(folder)
     checkpoint = Checkpoint.open(folder)
-    module = _empty_model(checkpoint)
+    refuse_model_code(folder, trusted=trusted)
+    where = str(folder / "config.json")
+    refuse_non_finite(checkpoint.config, where)
+    refuse_more_layers(checkpoint.config, checkpoint.tensors, where)
+    module = _empty_model(checkpoint, trusted)
     sources = _checkpoint_sources(module, checkpoint)
     generation = checkpoint.generation_config()
     return OpenModel(
@@ -100,8 +109,8 @@ def _open_folder(folder: Path, mode: FakeTensorMode) -> OpenModel:
         sources=sources,
         architecture=type(module).__name__,
         positions=_positions(module),
-        bos_token_id=_first(generation.get("bos_token_id", checkpoint.config.get("bos_token_id"))),
-        eos_token_ids=_all(generation.get("eos_token_id", checkpoint.config.get("eos_token_id"))),
+        bos_token_id=_first(generation.get(_BOS, checkpoint.config.get(_BOS))),
+        eos_token_ids=token_ids(generation.get(_EOS, checkpoint.config.get(_EOS)), _EOS),
         tokenizer=checkpoint.tokenizer_folder(),
     )
 
@@ -114,6 +123,7 @@ def _open_module(module: nn.Module, mode: FakeTensorMode) -> OpenModel:
             "not know how to call it; give a transformers model or a checkpoint folder."
         )
     _refuse_encoders(config)
+    refuse_non_finite(config.to_dict(), f"The config of {type(module).__name__}")
     generation = getattr(module, "generation_config", None) or config
     sources: dict[str, TensorSource] = {}
     for name, parameter in module.named_parameters():
@@ -126,20 +136,14 @@ def _open_module(module: nn.Module, mode: FakeTensorMode) -> OpenModel:
         sources=sources,
         architecture=type(module).__name__,
         positions=_positions(module),
-        bos_token_id=_first(getattr(generation, "bos_token_id", None)),
-        eos_token_ids=_all(getattr(generation, "eos_token_id", None)),
+        bos_token_id=_first(getattr(generation, _BOS, None)),
+        eos_token_ids=token_ids(getattr(generation, _EOS, None), _EOS),
         tokenizer=None,
     )
 
 
-def _first(value: int | list[int] | None) -> int | None:
-    return _all(value)[0] if _all(value) else None
-
-
-def _all(value: int | list[int] | None) -> tuple[int, ...]:
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
+def _first(value: object) -> int | None:
+    return next(iter(token_ids(value, _BOS)), None)
 
 
 def _positions(module: nn.Module) -> int | None:
@@ -165,12 +169,12 @@ def _refuse_encoders(config: Any) -> None:
         )
 
 
-def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+def _empty_model(checkpoint: Checkpoint, trusted: bool) -> nn.Module:
     """Builds the model on the meta device, with real buffers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:  # KeyError, ValueError, ImportError, validation errors: whatever the config provokes
         raise HikuiError(f"transformers rejects {checkpoint.folder / 'config.json'}: {_reason(error)}.") from error
     if checkpoint.quantisation is not None and hasattr(config, CONFIG_KEY):
@@ -179,7 +183,7 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
     _refuse_encoders(config)
     try:
         with torch.device("meta"):
-            module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            module: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trusted, dtype=torch.float32)
         _materialise_buffers(module)
     except HikuiError:
         raise

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SEQUENCE, BATCH, VOCABULARY = 256, 4, 2048
@@ -35,6 +35,7 @@ def make_tokenizer(stories: str, kids: str) -> Tokenizer:
     tok = Tokenizer(models.BPE(byte_fallback=False))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B:1", special_tokens=[("<s>", 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
         special_tokens=["<s>", "</s>", "<pad>"],
@@ -47,7 +48,7 @@ def make_tokenizer(stories: str, kids: str) -> Tokenizer:
 def encode(tok: Tokenizer, text: str) -> tuple[npt.NDArray[np.uint16], int]:
     """Token ids (uint16) of all documents, each as <s> … </s>, and the number of characters in them."""
     docs = [d.strip() for d in text.split(END) if d.strip()]
-    ids = [i for e in tok.encode_batch(docs) for i in (0, *e.ids, 1)]
+    ids = [i for e in tok.encode_batch(docs, add_special_tokens=False) for i in (0, *e.ids, 1)]
     return np.array(ids, dtype=np.uint16), sum(map(len, docs))
 
 

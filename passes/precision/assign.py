@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from hikui.lowering.errors import HikuiError, VerificationError
+from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import FIXED, FORMAT, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
@@ -40,6 +40,8 @@ class Assign(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.target_bpw > 0:
+            raise UsageError(f"assign cannot keep to {self.target_bpw:g} bits per weight; target_bpw is above 0.")
         parse_formats(self.formats)
         Format.parse(self.format)
 

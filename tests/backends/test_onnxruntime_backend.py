@@ -327,6 +327,13 @@ def test_a_prompt_longer_than_the_cache_is_refused(artefact: Path) -> None:
     assert runner.forward(support.tokens(TINY_CONTEXT), 0).shape[0] == TINY_CONTEXT
 
 
+@pytest.mark.parametrize("token", [-1, 1 << 40])
+def test_a_token_that_is_none_of_the_models_is_refused(artefact: Path, token: int) -> None:
+    runner = OrtRunner(artefact)
+    with pytest.raises(HikuiError, match=f"Token {token} is outside the model's vocabulary of"):
+        runner.forward(np.array([1, token]), 0)
+
+
 def test_a_closed_runner_says_so(artefact: Path) -> None:
     runner = OrtRunner(artefact)
     runner.close()

@@ -1,15 +1,20 @@
+import logging
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from hikui.lowering.app.assemble import Prepared
+from hikui.lowering.app.cli import run
 from hikui.lowering.app.lower import build, prepare
 from hikui.lowering.app.request import Request
 from hikui.lowering.artefact.manifest import Artefact
 from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
 from hikui.models.synthetic import tiny_checkpoint
+
+Command = Callable[..., tuple[int, str, str]]
 
 STORIES = "\n<|endoftext|>\n".join(
     f"Once there was a {animal} who lived in a {place}. Every day the {animal} went out of the {place} to look for "
@@ -23,6 +28,19 @@ STORIES = "\n<|endoftext|>\n".join(
         ("mouse", "hole", "cheese"),
     )
 )
+
+
+@pytest.fixture
+def hikui_command(capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """Runs a command in this process: status, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run([str(argument) for argument in arguments])
+        return (status, *capsys.readouterr())
+
+    yield call
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,10 @@ from hikui.lowering.app.cli.console import emit, progress, table
 
 
 def bench(
-    rows: Annotated[int, typer.Option(help="Output features of the matrix, a multiple of 16.", min=16)] = 4096,
-    columns: Annotated[int, typer.Option(help="Input features of the matrix.", min=128)] = 4096,
+    rows: Annotated[
+        int, typer.Option(help="Output features of the matrix, a multiple of 16.", min=16, max=1 << 17)
+    ] = 4096,
+    columns: Annotated[int, typer.Option(help="Input features of the matrix.", min=128, max=1 << 17)] = 4096,
     as_json: options.Json = False,
 ) -> None:
     """Time the low-bit products on this machine, and say which kernel each uses."""

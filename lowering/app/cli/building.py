@@ -21,6 +21,7 @@ def lower(
     context: options.Context = None,
     target_bpw: options.TargetBpw = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug_dump: options.DumpFolder = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start anew, and keep nothing to go on from after a kill.")
@@ -35,7 +36,7 @@ def lower(
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.engine.jobs import Jobs
 
-    request = Request(model, recipe, calibration, context, target_bpw, tokenizer)
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code)
     with progress() as step:
         execution = Execution(
             resume=not no_resume,

@@ -1,12 +1,13 @@
 """`hikui compare`: recipes and artefacts of one model side by side."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, progress, table
+from hikui.lowering.app.cli.console import emit, progress, table, warn
 
 
 def compare(
@@ -37,6 +38,7 @@ def compare(
     stride: options.Stride = None,
     context: options.Context = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -63,7 +65,9 @@ def compare(
 
     if stride is not None and window is None:
         raise UsageError("--stride has no effect without --window; give that too.")
-    reading = comparison_runs.Reading(text, calibration, documents, window, stride, context, tokenizer)
+    reading = comparison_runs.Reading(
+        text, calibration, documents, window, stride, context, tokenizer, trust_remote_code
+    )
     with progress() as step:
         found = comparison.compare(
             model,
@@ -76,6 +80,7 @@ def compare(
             resume=not no_resume,
             jobs=Jobs(jobs, engine),
             progress=step,
+            warn=warn,
         )
     if output is not None and not comparison_report.save(found, output):
         typer.echo("No picture was drawn: matplotlib is not installed; install hikui[plot] for one.", err=True)
@@ -97,6 +102,9 @@ def _numbers(written: str, option: str) -> list[float]:
         numbers = [float(part) for part in _parts(written)]
     except ValueError:
         raise UsageError(f"{option} is '{written}'; give numbers separated by commas.") from None
-    if option == "--seeds" and any(number < 0 or number != int(number) for number in numbers):
-        raise UsageError(f"{option} is '{written}'; seeds are whole numbers from 0 on.")
+    seeds = option == "--seeds"
+    if seeds and not all(0 <= number <= options.MOST and number == int(number) for number in numbers):
+        raise UsageError(f"{option} is '{written}'; seeds are whole numbers from 0 to {options.MOST}.")
+    if not seeds and not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise UsageError(f"{option} is '{written}'; give finite numbers above 0.")
     return numbers

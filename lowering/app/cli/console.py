@@ -41,8 +41,8 @@ def announce(sentence: str) -> None:
 
 
 def warn(sentence: str) -> None:
-    """A warning on stderr, wherever that goes."""
-    typer.echo(f"Warning: {sentence}", err=True)
+    """A sentence on stderr that is to be read whoever watches."""
+    typer.echo(f"hikui: warning: {sentence}", err=True)
 
 
 def emit(content: object) -> None:

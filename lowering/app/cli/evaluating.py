@@ -46,10 +46,7 @@ def evaluate(
     documents: options.Documents = None,
     window: options.Window = None,
     stride: options.Stride = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="Only the first N documents of each task.", metavar="N", show_default=False),
-    ] = None,
+    limit: options.TaskLimit = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show the error of each linear site; needs --recipe.")
     ] = False,
@@ -65,11 +62,13 @@ def evaluate(
     context: options.Context = None,
     target_bpw: options.TargetBpw = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     emulate: options.Emulate = False,
 ) -> None:
     """Measure quality, size and speed on a text, or zero-shot tasks."""
     _refuse_idle(text, tasks, against, window, stride, limit, layers, recipe)
+    from hikui.lowering.app.notices import text_notices
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.app.runnable_model import context_length, open_runnable_model
     from hikui.lowering.artefact.text import read_text
@@ -78,7 +77,7 @@ def evaluate(
 
     content = read_text(text) if text is not None else ""
     files = harness.read_tasks([name for name in tasks.split(",") if name]) if tasks is not None else []
-    request = Request(model, recipe, calibration, context, target_bpw, tokenizer)
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code)
     if window is not None:
         # A recipe may run for hours before anything is read.
         bound = window if recipe is None else context_length(request)
@@ -93,12 +92,14 @@ def evaluate(
         report: dict[str, object] = {"model": model, "runs_as": runnable.kind}
         if text is not None:
             protocol, excerpts = protocols.read(
-                content, runnable.codec, context=runnable.runner.context_length, bos=runnable.bos,
+                content, runnable.codec, context=runnable.runner.context_length,
                 window=window, stride=stride, limit=documents,
             )  # fmt: skip
             rates = evaluation.speed(runnable.runner, excerpts[0].ids[: min(64, protocol.context // 2)])
             own, _ = evaluation.measure(runnable.runner, excerpts, progress=step)
-            report |= _quality(own, protocol)
+            report |= _quality(own, protocol, excerpts)
+            for notice in text_notices(excerpts):
+                warn(notice)
     report |= {
         "true_bpw": runnable.true_bpw,
         "linear_bytes": runnable.linear_bytes,
@@ -114,14 +115,22 @@ def evaluate(
         if against is not None:
             with progress() as step:
                 other = open_runnable_model(
-                    Request(against, None, tokenizer=tokenizer), Execution(progress=step, warn=warn), emulate=emulate
+                    Request(against, None, tokenizer=tokenizer, trust_remote_code=trust_remote_code),
+                    Execution(progress=step, warn=warn),
+                    emulate=emulate,
                 )
                 report["against"] = _against(against, runnable, other, excerpts, step)
                 other.runner.close()
     if files:
         with progress() as step:
             scores = harness.run_tasks(
-                runnable.runner, runnable.codec, files, bos=runnable.bos, eos=runnable.eos, limit=limit, progress=step
+                runnable.runner,
+                runnable.codec,
+                files,
+                eos=runnable.eos,
+                limit=limit,
+                trust_remote_code=trust_remote_code,
+                progress=step,
             )
         report["tasks"] = _tasks(scores)
     if layers:
@@ -161,13 +170,15 @@ def _refuse_idle(
             raise UsageError(f"{name} has no effect without {needed}; give that too.")
 
 
-def _quality(own: "Quality", protocol: "Protocol") -> dict[str, object]:
+def _quality(own: "Quality", protocol: "Protocol", excerpts: "list[Excerpt]") -> dict[str, object]:
     return {
         "protocol": str(protocol),
         "protocol_fields": protocol.fields(),
         f"{protocol.unit}s": own.documents,
         "tokens": own.tokens,
         "characters": own.characters,
+        "unknown_tokens": sum(excerpt.unknown for excerpt in excerpts),
+        "lost_characters": sum(excerpt.lost for excerpt in excerpts),
         "perplexity": own.perplexity,
         "perplexity_error": own.perplexity_error,
         "bits_per_char": own.bits_per_char,

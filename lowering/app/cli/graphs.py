@@ -10,6 +10,7 @@ from hikui.lowering.app.cli import options
 from hikui.lowering.app.cli.console import debug, emit, progress, table, warn
 
 if TYPE_CHECKING:
+    from hikui.lowering.app.request import Request
     from hikui.lowering.ir.program import Program
     from hikui.lowering.pipeline.contract import Pass, PassResult
 
@@ -28,6 +29,7 @@ def opt(
     calibration: options.CalibrationText = None,
     context: options.Context = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     debug_dump: options.DumpFolder = None,
     weights: options.ProgramWeights = None,
     seed: options.WeightSeed = None,
@@ -35,8 +37,9 @@ def opt(
 ) -> None:
     """Run passes on a model, or on a program that --print-ir wrote, and look at the result; nothing is built."""
     from hikui.lowering.app.lower import read_calibration
+    from hikui.lowering.app.notices import calibration_notices
     from hikui.lowering.app.program_file import save_weights as write_weights
-    from hikui.lowering.app.request import available_passes
+    from hikui.lowering.app.request import Request, available_passes
     from hikui.lowering.errors import UsageError
     from hikui.lowering.ir.printer import to_text
     from hikui.lowering.pipeline.contract import PassContext
@@ -52,11 +55,14 @@ def opt(
         raise UsageError(f"--print-ir-after {unknown[0]}: the pipeline has no such pass.")
     with progress() as report:
         report("trace", 0, 1)
-        program = _program(model, context=context, tokenizer=tokenizer, weights=weights, seed=seed)
+        request = Request(model, context=context, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+        program = _program(request, weights=weights, seed=seed)
         report("trace", 1, 1)
         data = None
         if calibration is not None:
             data = read_calibration(program, calibration, CalibrationSettings())
+            for notice in calibration_notices(data, CalibrationSettings(), program.config.context_length):
+                warn(notice)
         dumps = [] if debug_dump is None else [DebugDump(debug_dump, program)]
         checks = [InputUnchanged()] if debug.get() else []
         runner = Pipeline(steps, [_PrintAfter(wanted), *dumps, *checks])
@@ -80,22 +86,23 @@ def opt(
         table(rows, (f"{mark}pass", "", "time", "notes"))
 
 
-def _program(
-    model: str, *, context: int | None, tokenizer: Path | None, weights: Path | None, seed: int | None
-) -> "Program":
+def _program(request: "Request", *, weights: Path | None, seed: int | None) -> "Program":
     """The program of a model, or of a text."""
     from hikui.lowering.app.program_file import is_program, read_program
-    from hikui.lowering.app.request import Request
     from hikui.lowering.errors import UsageError
+    from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 
+    model = str(request.model)
     if is_program(model):
-        if context is not None:
+        if request.context is not None:
             raise UsageError(f"--context has no effect on {model}: a program's text states its context.")
+        folder, trusted = request.tokenizer, request.trust_remote_code
+        tokenizer = None if folder is None else ModelTokenizer(Path(folder), trusted)
         return read_program(Path(model), weights=weights, seed=seed, tokenizer=tokenizer)
     for option, value in (("--weights", weights), ("--seed", seed)):
         if value is not None:
             raise UsageError(f"{option} has no effect on {model}: a model has its own weights, a program's text none.")
-    return Request(model, context=context, tokenizer=tokenizer).traced()
+    return request.traced()
 
 
 class _PrintAfter:
@@ -152,6 +159,7 @@ def explain(
     calibration: options.CalibrationText = None,
     context: options.Context = None,
     tokenizer: options.TokenizerFolder = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
 ) -> None:
     """Say what hikui finds in a model, and which patterns do not hold, where and why."""
@@ -165,7 +173,14 @@ def explain(
     from hikui.passes.rewrite.explain import explain as find
 
     available = available_passes()
-    request = Request(model, recipe, calibration=calibration, context=context, tokenizer=tokenizer)
+    request = Request(
+        model,
+        recipe,
+        calibration=calibration,
+        context=context,
+        tokenizer=tokenizer,
+        trust_remote_code=trust_remote_code,
+    )
     with progress() as report:
         prepared = None
         if recipe is None:

@@ -6,16 +6,16 @@ from typing import Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import emit, size, table
+from hikui.lowering.app.cli.console import emit, size, table, warn
 
 
 def run(
     directory: options.ArtefactFolder,
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token, more draws.")] = 0.0,
-    top_k: Annotated[int, typer.Option("--top-k", help="Draw among so many tokens; 0 is all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_new_tokens: options.NewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    seed: options.DrawSeed = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the token that ends a text.")] = False,
     as_json: options.Json = False,
     emulate: options.Emulate = False,
@@ -27,12 +27,18 @@ def run(
     sampling = Sampling(temperature, top_k, seed)
     with load(directory, emulate=emulate) as model:
         text, result = model.generate(prompt, max_new_tokens=max_new_tokens, sampling=sampling, ignore_eos=ignore_eos)
+    if result.full:
+        warn(
+            f"The text ends after {len(result.tokens)} tokens because the cache is full: it holds "
+            f"{model.artefact.manifest.model.context_length}, the prompt among them."
+        )
     if as_json:
         emit(
             {
                 "prompt": prompt,
                 "tokens": result.tokens,
                 "text": text,
+                "cache_full": result.full,
                 "first_token_seconds": result.first_token_seconds,
                 "tokens_per_second": result.tokens_per_second,
             }

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from hikui.lowering.app.request import Request, available_passes, load_recipe
+from hikui.lowering.app.notices import text_notices
+from hikui.lowering.app.request import Execution, Request, available_passes, load_recipe
 from hikui.lowering.app.runnable_model import open_runnable_model
 from hikui.lowering.artefact import text
 from hikui.lowering.artefact.manifest import MANIFEST, is_artefact, read_manifest, sha256
@@ -17,6 +18,7 @@ from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Score
 from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
+from hikui.lowering.json_text import parse_json
 from hikui.lowering.pipeline.recipe import Recipe
 
 FLOAT = "float model"
@@ -43,6 +45,7 @@ class Reading:
     stride: int | None = None
     context: int | None = None
     tokenizer: Path | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave."""
+    """What a run gave.
+
+    Attributes:
+        notices: sentences that a user should read before the figures are believed.
+    """
 
     label: str
     runs_as: str
@@ -81,6 +88,7 @@ class Outcome:
     linear_bytes: int
     total_bytes: int
     each: tuple[Score, ...]
+    notices: tuple[str, ...] = ()
 
 
 def plan(
@@ -146,6 +154,7 @@ def measure(run: Run) -> Outcome:
     """Does one run, and keeps its result if it has a folder."""
     reading = run.reading
     of_model = not is_artefact(Path(run.model))
+    notices: list[str] = []
     runnable = open_runnable_model(
         Request(
             run.model,
@@ -153,10 +162,12 @@ def measure(run: Run) -> Outcome:
             calibration=reading.calibration if run.calibrates else None,
             context=reading.context if of_model else None,
             tokenizer=reading.tokenizer,
-        )
+            trust_remote_code=reading.trust_remote_code,
+        ),
+        Execution(warn=notices.append),
     )
     protocol, excerpts = protocols.read(
-        text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length, bos=runnable.bos,
+        text.read_text(reading.text), runnable.codec, context=runnable.runner.context_length,
         window=reading.window, stride=reading.stride, limit=reading.documents,
     )  # fmt: skip
     quality, _ = evaluation.measure(runnable.runner, excerpts)
@@ -170,6 +181,7 @@ def measure(run: Run) -> Outcome:
         runnable.linear_bytes,
         runnable.total_bytes,
         quality.each,
+        (*notices, *text_notices(excerpts)),
     )
     keep(run, outcome)
     return outcome
@@ -187,10 +199,10 @@ def _refuse_twice(labels: Sequence[tuple[str, int | None]]) -> None:
 def keys(traced: Program, runs: Sequence[Run]) -> list[str]:
     """A key for each run: the model, the code, the recipe with its seed, the texts and how they are read."""
     reading = runs[0].reading
-    tokenizer = traced.tokenizer / text.FILE if traced.tokenizer is not None else None
+    tokenizer = "" if traced.tokenizer is None else traced.tokenizer.content()
     common = {
         "model": run_key(traced, "", ()),
-        "tokenizer": sha256(tokenizer) if tokenizer is not None and tokenizer.is_file() else "",
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "code": code_version(),
         "text": sha256(reading.text),
         "documents": reading.documents,
@@ -234,9 +246,9 @@ def load(run: Run) -> Outcome | None:
     if run.folder is None:
         return None
     try:
-        content = json.loads(_path(run).read_text("utf-8"))
+        content = parse_json(_path(run).read_text("utf-8"))
         each = tuple(Score(**score) for score in content.pop("each"))
-        return Outcome(**content, each=each)
+        return Outcome(**{**content, "each": each, "notices": tuple(content.get("notices", ()))})
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 

@@ -21,7 +21,7 @@ from hikui.lowering.evaluation import protocols
 from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.evaluation.quality import Difference, Quality, Score
 from hikui.lowering.ir.program import Program
-from hikui.lowering.progress import Progress, no_progress
+from hikui.lowering.progress import Announce, Progress, log_warning, no_progress
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ def compare(
     resume: bool = True,
     jobs: Jobs = Jobs(),
     progress: Progress = no_progress,
+    warn: Announce = log_warning,
 ) -> Comparison:
     """Measures a model through recipes, and artefacts made from it.
 
@@ -85,6 +86,7 @@ def compare(
         resume: take what earlier comparisons have left there.
         jobs: how the runs are done.
         progress: called with how many runs are done.
+        warn: told what a user should know before the figures are believed.
 
     Raises:
         UsageError: there is nothing to compare, a recipe wants calibration text and none was given, or an artefact was
@@ -92,7 +94,9 @@ def compare(
         HikuiError: a run fails; those that have ended are kept.
     """
     runs = runs_of.plan(model, reading, recipes=recipes, artefacts=artefacts, seeds=seeds, budgets=budgets)
-    traced = Request(model, context=reading.context, tokenizer=reading.tokenizer).traced()
+    traced = Request(
+        model, context=reading.context, tokenizer=reading.tokenizer, trust_remote_code=reading.trust_remote_code
+    ).traced()
     _refuse_other_models(traced, artefacts)
     if reading.window is not None:
         bound = traced.config.context_length
@@ -111,7 +115,10 @@ def compare(
         runs_of.measure, [runs[index] for index in todo], lambda count, _: progress("run", before + count, len(runs))
     )
     done |= dict(zip(todo, measured, strict=True))
-    return _tabulate(model, [done[index] for index in range(len(runs))], reading)
+    outcomes = [done[index] for index in range(len(runs))]
+    for notice in dict.fromkeys(notice for outcome in outcomes for notice in outcome.notices):
+        warn(notice)
+    return _tabulate(model, outcomes, reading)
 
 
 # ── the table ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -89,7 +89,7 @@ def alone(tiny: Path, reading: Reading, calibrated: str) -> dict[int, tuple[tupl
         subject = open_runnable_model(
             Request(tiny, recipe=recipe.model_copy(update={"calibration": settings}), calibration=reading.calibration)
         )
-        _, excerpts = protocols.read(read_text(reading.text), subject.codec, context=64, bos=subject.bos, limit=4)
+        _, excerpts = protocols.read(read_text(reading.text), subject.codec, context=64, limit=4)
         out[seed] = evaluation.measure(subject.runner, excerpts)[0].each, subject.true_bpw
     return out
 

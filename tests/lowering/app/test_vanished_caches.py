@@ -1,6 +1,7 @@
 """A quantised cache that holds nothing is refused before the artefact is written."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ def shrunk(exponent: int) -> nn.Module:
     """The same function, its values a power of two smaller and the output projection as much larger."""
     model = tiny_model("llama")
     with torch.no_grad():
-        for layer in model.model.layers:
+        layers: Any = model.get_submodule("model.layers")
+        for layer in layers:
             layer.self_attn.v_proj.weight *= 2.0**-exponent
             layer.self_attn.o_proj.weight *= 2.0**exponent
     return model

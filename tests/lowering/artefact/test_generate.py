@@ -53,7 +53,10 @@ def test_it_stops_at_a_stop_token_and_when_the_cache_is_full() -> None:
     whole = expected([1, 2, 3], 10)
     assert generate(Counting(), [1, 2, 3], max_new_tokens=10, stop=(whole[3],)).tokens == whole[:3]
     # The cache holds 12: the prompt, nine of the new tokens, and the tenth, which is never fed back.
-    assert generate(Counting(), [1, 2, 3], max_new_tokens=50).tokens == whole
+    full = generate(Counting(), [1, 2, 3], max_new_tokens=50)
+    assert (full.tokens, full.full) == (whole, True)
+    assert not generate(Counting(), [1, 2, 3], max_new_tokens=10).full
+    assert not generate(Counting(), [1, 2, 3], max_new_tokens=50, stop=(whole[9],)).full
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_the_way_out() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,12 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (the extra `eval
 from hikui.lowering.app.request import Request
 from hikui.lowering.app.runnable_model import RunnableModel, open_runnable_model
 from hikui.lowering.artefact.generate import Runner, generate
+from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation.harness import HarnessReport, read_tasks, run_tasks
 from hikui.lowering.evaluation.harness_model import HarnessModel
 from hikui.lowering.progress import no_progress
+from tests.lowering import made_tokenizers
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +46,16 @@ def log_probabilities(tiny: Path) -> Callable[[list[int]], torch.Tensor]:
     return call
 
 
+BOS = 0
+
+
 def requests(*arguments: tuple[Any, ...]) -> Any:
     return [SimpleNamespace(args=args) for args in arguments]
 
 
 def model_of(runnable: RunnableModel, **changes: Any) -> HarnessModel:
-    options = {"bos": runnable.bos, "eos": runnable.eos, "progress": no_progress, **changes}
-    return HarnessModel(options.pop("runner", runnable.runner), runnable.codec, **options)
+    options = {"runner": runnable.runner, "codec": runnable.codec, "eos": runnable.eos, "progress": no_progress}
+    return HarnessModel(**{**options, **changes})
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -59,7 +65,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def run(runnable: RunnableModel, *paths: Path, limit: int | None = None) -> HarnessReport:
     files = read_tasks([str(path) for path in paths])
-    return run_tasks(runnable.runner, runnable.codec, files, bos=runnable.bos, eos=runnable.eos, limit=limit)
+    return run_tasks(runnable.runner, runnable.codec, files, eos=runnable.eos, limit=limit)
 
 
 class Counting:
@@ -85,7 +91,7 @@ def test_loglikelihoods_are_those_of_transformers(
     found = model_of(runnable).loglikelihood(requests(*pairs))
     for (context, continuation), (total, greedy) in zip(pairs, found, strict=True):
         whole, before = runnable.codec.encode(context + continuation), runnable.codec.encode(context.rstrip())
-        rows = log_probabilities([runnable.bos or 0, *whole])[len(before) : -1]
+        rows = log_probabilities([BOS, *whole])[len(before) : -1]
         targets = torch.tensor(whole[len(before) :])
         assert total == pytest.approx(float(rows.gather(1, targets[:, None]).sum()), abs=1e-3)
         assert greedy == bool((rows.argmax(-1) == targets).all())
@@ -93,7 +99,7 @@ def test_loglikelihoods_are_those_of_transformers(
 
 
 def test_a_greedy_continuation_is_known_as_such(runnable: RunnableModel) -> None:
-    prompt = [runnable.bos or 0, *runnable.codec.encode("Once upon")]
+    prompt = [BOS, *runnable.codec.encode("Once upon")]
     tokens = generate(runnable.runner, prompt, max_new_tokens=3).tokens
     model = model_of(runnable)
     assert model._score([*prompt, *tokens], len(prompt))[1]
@@ -125,7 +131,7 @@ def test_what_is_too_long_loses_its_left_but_not_bos(
     assert model.truncated == 1
     targets = runnable.codec.encode(continuation)
     ids = runnable.codec.encode(context + continuation)
-    kept = [runnable.bos or 0, *ids[-runnable.runner.context_length :]]
+    kept = [BOS, *ids[-runnable.runner.context_length :]]
     rows = log_probabilities(kept[:-1])[-len(targets) :]
     assert total == pytest.approx(float(rows.gather(1, torch.tensor(targets)[:, None]).sum()), abs=1e-3)
     with pytest.raises(HikuiError, match="continuation of 80 tokens does not fit the context of 64"):
@@ -141,7 +147,7 @@ def test_rolling_reads_every_token_once(
     expected, at = 0.0, 0
     while at < len(ids):
         count = context if at == 0 else min(context, len(ids) - at)
-        window = [runnable.bos or 0, *ids][at + count - context if at else 0 : at + count]
+        window = [BOS, *ids][at + count - context if at else 0 : at + count]
         rows = log_probabilities(window)[-count:]
         expected += float(rows.gather(1, torch.tensor(ids[at : at + count])[:, None]).sum())
         at += count
@@ -152,7 +158,7 @@ def test_rolling_reads_every_token_once(
 def test_generation_stops_at_a_string_and_keeps_to_the_context(runnable: RunnableModel) -> None:
     model = model_of(runnable, eos=())
     (text,) = model.generate_until(requests(("Once", {"until": [], "max_gen_toks": 12})))
-    expected = generate(runnable.runner, [runnable.bos or 0, *runnable.codec.encode("Once")], max_new_tokens=12)
+    expected = generate(runnable.runner, [BOS, *runnable.codec.encode("Once")], max_new_tokens=12)
     assert text == runnable.codec.decode(expected.tokens)
     stop = text[4:6]
     (cut,) = model.generate_until(requests(("Once", {"until": ["never", stop], "max_gen_toks": 12})))
@@ -163,12 +169,13 @@ def test_generation_stops_at_a_string_and_keeps_to_the_context(runnable: Runnabl
     assert len(runnable.codec.encode(long)) <= 5
 
 
-def test_a_model_without_bos_says_what_stands_before(runnable: RunnableModel) -> None:
-    assert model_of(runnable).prefix == f"BOS (token {runnable.bos}) before every request"
-    assert "end-of-text token 7 before an empty context" in model_of(runnable, bos=None, eos=(7,)).prefix
-    with pytest.raises(HikuiError, match="neither BOS nor an end-of-text token"):
-        model_of(runnable, bos=None, eos=()).loglikelihood(requests(("", "abc")))
-    ids, first = model_of(runnable, bos=None, eos=(7,))._encode("ab", "cd")
+def test_a_model_without_bos_says_what_stands_before(runnable: RunnableModel, tmp_path: Path) -> None:
+    bare = TextCodec(made_tokenizers.save(made_tokenizers.byte_level(""), tmp_path))
+    assert model_of(runnable).prefix == "token 0 before every request"
+    assert "end-of-text token 7 before an empty context" in model_of(runnable, codec=bare, eos=(7,)).prefix
+    with pytest.raises(HikuiError, match="puts no special token before a text and the model has no end-of-text"):
+        model_of(runnable, codec=bare, eos=()).loglikelihood(requests(("", "abc")))
+    ids, first = model_of(runnable, codec=bare, eos=(7,))._encode("ab", "cd")
     assert ids == runnable.codec.encode("abcd")
     assert first == 2
 
@@ -190,7 +197,7 @@ def test_choices_are_counted_as_by_hand(
     report = run(runnable, write(tmp_path / "animals.jsonl", ROWS))
     plain = normalised = 0
     for row in ROWS:
-        before = [runnable.bos or 0, *runnable.codec.encode(row["context"])]
+        before = [BOS, *runnable.codec.encode(row["context"])]
         scores = []
         for choice in row["choices"]:
             targets = runnable.codec.encode(f" {choice}")
@@ -218,7 +225,7 @@ def test_targets_and_texts_give_the_same_accuracy_and_perplexity(
     totals = []
     for context, word in words:
         ids, wanted = runnable.codec.encode(context), runnable.codec.encode(f" {word}")
-        rows = log_probabilities([runnable.bos or 0, *ids, *wanted])[len(ids) : -1]
+        rows = log_probabilities([BOS, *ids, *wanted])[len(ids) : -1]
         totals.append(float(rows.gather(1, torch.tensor(wanted)[:, None]).sum()))
     assert first.figures["perplexity"].value == pytest.approx(math.exp(-sum(totals) / 2), rel=1e-3)
     assert first.figures["acc"].error is not None
@@ -267,14 +274,93 @@ def test_data_that_would_have_to_be_fetched_is_refused(runnable: RunnableModel, 
     with pytest.raises(UsageError, match=r"remote\.yaml is no task that can be run from local files"):
         run(runnable, tmp_path / "remote.yaml")
     (tmp_path / "broken.yaml").write_text("task: [")
-    with pytest.raises(UsageError, match=r"broken\.yaml is no task"):
+    with pytest.raises(UsageError, match=r"broken\.yaml:1: this is not YAML"):
         run(runnable, tmp_path / "broken.yaml")
+
+
+def configured(folder: Path, text: str) -> Path:
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    write(folder / "data" / "animals.json", ROWS)
+    (folder / "animals_yaml.yaml").write_text(text)
+    return folder / "animals_yaml.yaml"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        YAML.replace('doc_to_text: "{{context}}"', "doc_to_text: !function planted.text"),
+        YAML.replace("{metric: acc, aggregation: mean,", "{metric: acc, aggregation: !function planted.text,"),
+        YAML.replace("{metric: acc, ", "{metric: METRIC, hf_evaluate: true, "),
+        "include: other.yaml\ntask: animals_yaml\n",
+    ],
+)
+def test_code_beside_a_task_runs_by_the_option_only(
+    runnable: RunnableModel, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = configured(tmp_path / "tasks", text.replace("METRIC", str(tmp_path / "tasks" / "planted.py")))
+    (path.parent / "other.yaml").write_text(YAML.replace('"{{context}}"', "!function planted.text"))
+    mark = tmp_path / "ran"
+    code = f"from pathlib import Path\nPath({str(mark)!r}).write_text('ran')\ndef text(doc): return doc['context']\n"
+    (path.parent / "planted.py").write_text(code)
+    with pytest.raises(UsageError, match=r"planted.*--trust-remote-code"):
+        run(runnable, path)
+    assert not mark.exists()
+    if "hf_evaluate" not in text and "aggregation: !" not in text:
+        files = read_tasks([str(path)])
+        run_tasks(runnable.runner, runnable.codec, files, eos=runnable.eos, trust_remote_code=True)
+        assert mark.read_text() == "ran"
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ cycler.__init__.__globals__.os.system('touch MARK') }}", "unsafe"),
+        ("{% for a in range(99999999) %}x{% endfor %}", "range"),
+        ("{{ missing }}", "undefined"),
+        ("{% for %}", "Expected an expression"),
+    ],
+)
+def test_a_template_runs_in_a_sandbox(runnable: RunnableModel, tmp_path: Path, template: str, words: str) -> None:
+    mark = tmp_path / "ran"
+    path = configured(tmp_path / "tasks", YAML.replace("{{context}}", template.replace("MARK", str(mark))))
+    with pytest.raises(UsageError, match=rf"A template of the task .*animals_yaml\.yaml cannot be rendered.*{words}"):
+        run(runnable, path)
+    assert not mark.exists()
+
+
+def test_braces_in_a_row_are_text(runnable: RunnableModel, tmp_path: Path) -> None:
+    rows = [{"context": "{{ 1 // 0 }} {% for %}", "choices": [" a", " b"], "label": 0}]
+    assert run(runnable, write(tmp_path / "braces.jsonl", rows)).tasks[0].documents == 1
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]\n" for n in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "text", [BOMB, "a: &a [*a]\n", "a: " + "[" * 30000, "? [a]\n: b\n", "a: !!python/name:os.system\n"]
+)
+def test_a_configuration_that_is_too_much_is_refused_at_once(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bomb.yaml").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(UsageError, match=r"bomb\.yaml:"):
+        read_tasks([str(tmp_path / "bomb.yaml")])
+    assert time.perf_counter() - start < 1
+
+
+def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path: Path) -> None:
+    path = write(tmp_path / "animals.jsonl", ROWS)
+    plain = read_tasks([str(path)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_tasks([str(path)]) == plain
 
 
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
         ("{", r"bad\.jsonl:1: this is not JSON"),
+        ('{"context": "a\\ud800", "target": "b"}', "this row holds half of a surrogate pair"),
+        ("[" * 100_000, r"bad\.jsonl:1: this is not JSON: it nests too deeply"),
+        ('{"label": ' + "9" * 5000 + "}", r"bad\.jsonl:1: this is not JSON"),
         ("", r"bad\.jsonl is empty"),
         ('{"question": "a", "answers": []}', r"bad\.jsonl:1: this row has 'question', 'answers'; a task's row has"),
         ('{"context": "a", "choices": ["b"], "label": 0}', "'choices' is a list of two texts or more"),
@@ -312,14 +398,14 @@ def test_a_real_task_on_a_real_model(shared: Path) -> None:
     folder, path = shared / "assets" / "models" / "stories260k-llama", shared / "assets" / "tasks"
     runnable, task = open_runnable_model(Request(folder, None)), path / "tinystories_ending4.jsonl"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    right = 0
+    right, start = 0, 1
     for line in task.read_text("utf-8").splitlines()[:6]:
         row = json.loads(line)
-        before = [runnable.bos or 0, *runnable.codec.encode(row["context"].rstrip())]
+        before = [start, *runnable.codec.encode(row["context"].rstrip())]
         scores = []
         for choice in row["choices"]:
             spaces = row["context"][len(row["context"].rstrip()) :] or " "
-            ids = [runnable.bos or 0, *runnable.codec.encode(row["context"].rstrip() + spaces + choice)]
+            ids = [start, *runnable.codec.encode(row["context"].rstrip() + spaces + choice)]
             with torch.no_grad():
                 rows = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)[len(before) - 1 : -1]
             scores.append(float(rows.gather(1, torch.tensor(ids[len(before) :])[:, None]).sum()) / len(choice))

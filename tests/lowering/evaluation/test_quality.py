@@ -14,6 +14,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation import protocols
 from hikui.lowering.evaluation import quality as evaluation
 from hikui.lowering.ir.interpreter import ReferenceRunner
+from tests.lowering import made_tokenizers
 
 
 class Uniform:
@@ -31,8 +32,9 @@ class Uniform:
 
 def test_a_uniform_model_needs_five_bits_a_token(tiny: Path) -> None:
     codec = TextCodec(tiny)
-    documents = [[0, *codec.encode("abc")], [0, *codec.encode("hello")]]
-    own, other = evaluation.quality(Uniform(), [[token % 32 for token in d] for d in documents], codec, bos=0)
+    documents = [codec.encode_prompt("abc"), codec.encode_prompt("hello")]
+    excerpts = [protocols.Excerpt([token % 32 for token in d], 1, len(d) - 1) for d in documents]
+    own, other = evaluation.measure(Uniform(), excerpts)
     assert other is None
     assert own.tokens == sum(len(document) - 1 for document in documents)
     assert own.perplexity == pytest.approx(32)
@@ -45,9 +47,10 @@ def test_the_loss_is_that_of_the_float_model(tiny: Path, stories: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     runnable = open_runnable_model(Request(tiny, None))
     documents = read_documents(stories)
-    encoded = protocols.encode_documents(documents, runnable.codec, context=40, bos=runnable.bos, limit=4)
-    assert all(ids[0] == runnable.bos and len(ids) == 40 for ids in encoded)
-    own, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
+    excerpts = protocols.document_excerpts(documents, runnable.codec, context=40, limit=4)
+    encoded = [list(excerpt.ids) for excerpt in excerpts]
+    assert all(ids[0] == 0 and len(ids) == 40 for ids in encoded)
+    own, _ = evaluation.measure(runnable.runner, excerpts)
     nats = 0.0
     characters = 0
     for ids in encoded:
@@ -65,23 +68,23 @@ def test_a_document_longer_than_a_piece_is_the_same_in_pieces(
     tiny: Path, stories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runnable = open_runnable_model(Request(tiny, None))
-    encoded = protocols.encode_documents(read_documents(stories), runnable.codec, context=50, bos=runnable.bos, limit=2)
-    whole, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
+    excerpts = protocols.document_excerpts(read_documents(stories), runnable.codec, context=50, limit=2)
+    whole, _ = evaluation.measure(runnable.runner, excerpts)
     monkeypatch.setattr(evaluation, "PIECE", 7)
-    pieces, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
+    pieces, _ = evaluation.measure(runnable.runner, excerpts)
     assert pieces.nats == pytest.approx(whole.nats, rel=1e-6)
 
 
 def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Path, prepared: Prepared) -> None:
     runnable = open_runnable_model(Request(tiny, None))
-    encoded = protocols.encode_documents(read_documents(stories), runnable.codec, context=32, bos=runnable.bos)
-    same, also = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos, against=runnable.runner)
+    excerpts = protocols.document_excerpts(read_documents(stories), runnable.codec, context=32)
+    same, also = evaluation.measure(runnable.runner, excerpts, against=runnable.runner)
     assert also is not None
     assert same.nats == also.nats
     assert same.divergence == pytest.approx(0, abs=1e-9)
     assert same.agreement == 1
     lowered = ReferenceRunner(prepared.program)
-    other, _ = evaluation.quality(lowered, encoded, runnable.codec, bos=runnable.bos, against=runnable.runner)
+    other, _ = evaluation.measure(lowered, excerpts, against=runnable.runner)
     assert other.divergence is not None
     assert other.divergence > 1e-7
     assert other.agreement is not None
@@ -91,7 +94,7 @@ def test_comparison_with_itself_and_with_a_lowered_form(tiny: Path, stories: Pat
 def test_models_of_other_vocabularies_are_not_compared_token_by_token(tiny: Path) -> None:
     runnable = open_runnable_model(Request(tiny, None))
     with pytest.raises(HikuiError, match="vocabularies have 32 and 131 tokens"):
-        evaluation.quality(Uniform(), [[0, 1, 2]], runnable.codec, bos=0, against=runnable.runner)
+        evaluation.measure(Uniform(), [protocols.Excerpt([0, 1, 2], 1, 2)], against=runnable.runner)
 
 
 def test_logits_that_are_not_finite_are_refused(tiny: Path) -> None:
@@ -100,12 +103,12 @@ def test_logits_that_are_not_finite_are_refused(tiny: Path) -> None:
             return np.full((tokens.size, 32), np.nan, np.float32)
 
     with pytest.raises(HikuiError, match="not finite"):
-        evaluation.quality(Broken(), [[0, 1, 2]], TextCodec(tiny), bos=0)
+        evaluation.measure(Broken(), [protocols.Excerpt([0, 1, 2], 1, 2)])
 
 
 def test_a_text_without_tokens_to_predict_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(HikuiError, match="no document with two tokens"):
-        protocols.encode_documents(["a"], TextCodec(tiny), context=8, bos=None)
+        protocols.document_excerpts(["a"], without_bos(tmp_path / "bare"), context=8)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n<|endoftext|>\n ")
     with pytest.raises(UsageError, match=r"empty\.txt is empty"):
@@ -115,6 +118,11 @@ def test_a_text_without_tokens_to_predict_is_refused(tiny: Path, tmp_path: Path)
         read_documents(empty)
     with pytest.raises(UsageError, match="No such file"):
         read_documents(tmp_path / "missing.txt")
+
+
+def without_bos(folder: Path) -> TextCodec:
+    """A tokenizer of the same tokens that puts none before a text."""
+    return TextCodec(made_tokenizers.save(made_tokenizers.byte_level(""), folder))
 
 
 def naive_windows(ids: list[int], window: int, stride: int, bos: int | None) -> list[tuple[list[int], list[int]]]:
@@ -133,11 +141,11 @@ def naive_windows(ids: list[int], window: int, stride: int, bos: int | None) -> 
 @pytest.mark.parametrize("bos", [0, None])
 @pytest.mark.parametrize(("window", "stride"), [(16, 4), (16, 16), (33, 1), (2, 1), (64, 30), (5, 4)])
 def test_windows_predict_every_token_once_with_their_context(
-    tiny: Path, stories: Path, window: int, stride: int, bos: int | None
+    tiny: Path, stories: Path, window: int, stride: int, bos: int | None, tmp_path: Path
 ) -> None:
-    codec, text = TextCodec(tiny), read_text(stories)[:400]
+    codec, text = TextCodec(tiny) if bos == 0 else without_bos(tmp_path), read_text(stories)[:400]
     ids = codec.encode(text)
-    excerpts = protocols.window_excerpts(text, codec, window=window, stride=stride, bos=bos)
+    excerpts = protocols.window_excerpts(text, codec, window=window, stride=stride)
     found = [(list(excerpt.ids[:-1]), list(excerpt.ids[excerpt.first :])) for excerpt in excerpts]
     assert found == naive_windows(ids, window, stride, bos)
     assert [token for _, targets in found for token in targets] == (ids if bos is not None else ids[1:])
@@ -153,31 +161,29 @@ def test_the_loss_over_windows_is_that_of_transformers(tiny: Path, stories: Path
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     runnable, text = open_runnable_model(Request(tiny, None)), read_text(stories)
-    protocol, excerpts = protocols.read(
-        text, runnable.codec, context=64, bos=runnable.bos, window=40, stride=25, limit=2
-    )
+    protocol, excerpts = protocols.read(text, runnable.codec, context=64, window=40, stride=25, limit=2)
     own, _ = evaluation.measure(runnable.runner, excerpts)
     ids = runnable.codec.encode(SEPARATOR.join(text.split(SEPARATOR)[:2]))
     nats = []
-    for read, targets in naive_windows(ids, 40, 25, runnable.bos):
+    for read, targets in naive_windows(ids, 40, 25, 0):
         with torch.no_grad():
             rows = model(torch.tensor([read])).logits[0].double().log_softmax(-1)[-len(targets) :]
         nats.append(-float(rows.gather(1, torch.tensor(targets)[:, None]).sum()))
     assert [score.nats for score in own.each] == pytest.approx(nats, rel=1e-5)
     assert own.tokens == len(ids)
-    assert protocol.fields() == {"unit": "window", "context": 40, "stride": 25, "bos": 0, "joined_with": SEPARATOR}
+    assert protocol.fields() == {"unit": "window", "context": 40, "stride": 25, "prefix": [0], "joined_with": SEPARATOR}
     assert "windows of 40 tokens every 25" in str(protocol)
     assert "at least 16 tokens" in str(protocol)
 
 
-def test_windows_that_do_not_fit_are_refused(tiny: Path) -> None:
+def test_windows_that_do_not_fit_are_refused(tiny: Path, tmp_path: Path) -> None:
     codec = TextCodec(tiny)
     with pytest.raises(UsageError, match="window of 65 tokens is longer than the context of 64"):
-        protocols.read("a b", codec, context=64, bos=0, window=65)
+        protocols.read("a b", codec, context=64, window=65)
     with pytest.raises(UsageError, match="stride of 9 would skip tokens between windows of 8"):
-        protocols.read("a b", codec, context=64, bos=0, window=8, stride=9)
+        protocols.read("a b", codec, context=64, window=8, stride=9)
     with pytest.raises(HikuiError, match="no two tokens"):
-        protocols.read("a", codec, context=64, bos=None, window=8)
+        protocols.read("a", without_bos(tmp_path), context=64, window=8)
 
 
 def test_a_ratio_has_the_standard_error_that_resampling_gives() -> None:
@@ -227,6 +233,6 @@ def test_peak_memory_sees_what_is_allocated_inside_and_not_before() -> None:
 def test_the_reference_model_has_the_quality_of_its_card(shared: Path) -> None:
     text = shared / "assets" / "text" / "tinystories" / "valid.txt"
     runnable = open_runnable_model(Request(REFERENCE_MODEL, None))
-    encoded = protocols.encode_documents(read_documents(text), runnable.codec, context=512, bos=runnable.bos, limit=150)
-    own, _ = evaluation.quality(runnable.runner, encoded, runnable.codec, bos=runnable.bos)
+    excerpts = protocols.document_excerpts(read_documents(text), runnable.codec, context=512, limit=150)
+    own, _ = evaluation.measure(runnable.runner, excerpts)
     assert own.bits_per_char == pytest.approx(0.929, abs=0.0005)

@@ -5,6 +5,7 @@ import torch
 
 from hikui.lowering.artefact.text import TextCodec, copy_tokenizer, read_documents
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.program import ModelConfig
 from hikui.lowering.pipeline import calibration
 from hikui.lowering.pipeline.contract import Calibration
@@ -14,7 +15,9 @@ CONFIG = ModelConfig(64, 131, (), "test", 0, (1,))
 
 def draw(stories: Path, tiny: Path, **options: int) -> Calibration:
     settings = {"samples": 4, "tokens": 20, "seed": 0, **options}
-    return calibration.draw(read_documents(stories), TextCodec(tiny).encode, CONFIG, source="stories", **settings)
+    return calibration.draw(
+        read_documents(stories), TextCodec(tiny).encode_prompt, CONFIG, source="stories", **settings
+    )
 
 
 def test_windows_have_bos_and_length_and_their_seed_repeats(stories: Path, tiny: Path) -> None:
@@ -52,7 +55,7 @@ def test_text_without_two_tokens_is_refused(tiny: Path) -> None:
 
 
 def test_a_tokenizer_round_trips_and_is_copied(tiny: Path, tmp_path: Path) -> None:
-    copy_tokenizer(tiny, tmp_path / "copy")
+    copy_tokenizer(ModelTokenizer(tiny), tmp_path / "copy")
     codec = TextCodec(tmp_path / "copy")
     assert codec.decode(codec.encode("Hello, bear!")) == "Hello, bear!"
     with pytest.raises(HikuiError, match=r"has no tokenizer\.json"):

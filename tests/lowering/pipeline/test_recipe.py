@@ -1,4 +1,5 @@
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,57 @@ def test_missing_passes_and_other_documents_are_refused() -> None:
     assert "'passes' is missing" in refusal("schema: 1\nname: mine\n")
     assert "a recipe is a mapping" in refusal("- canonicalise\n")
     assert "at least 1 item" in refusal("schema: 1\nname: mine\npasses: []\n")
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [" + ", ".join([f"*a{n - 1}"] * 9) + "]\n" for n in range(1, 12))
+PASS = "schema: 1\nname: mine\npasses:\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "with its aliases written out it holds more than 20000 values"),
+        ("x: &a\n  <<: *a\n", "an alias stands inside of what it stands for"),
+        ("schema: 1\nname: &a [*a]\n", "mine.yaml:2: an alias stands inside"),
+        ("schema: !!int x\nname: mine\n", "invalid literal"),
+        ("schema: !!float x\n", "could not convert"),
+        ("schema: !mine 1\n", "the tag !mine is not read here"),
+        ("name: !!binary aGk=\n", "the tag !!binary is not read here"),
+        ("name: 2026-99-99\n", "the tag !!timestamp is not read here"),
+        ("name: !!python/object/apply:os.system [ls]\n", "python/object/apply:os.system is not read"),
+        ("? [a, b]\n: c\n", "mine.yaml:1: a key is a word"),
+        ("? {a: b}\n: c\n", "a key is a word"),
+        ("schema: " + "[" * 60000, "nests more than 40 deep"),
+        ("schema: " + "{a: " * 15000, "nests more than 40 deep"),
+        ("- " * 30000, "nests more than 40 deep"),
+        ("schema: " + "9" * 5000 + "\n", "a value cannot be read"),
+        ("schema: 1\n" * 7000, "the file has 70000 characters"),
+        ("schema: 1\nname: \0\n", "not YAML"),
+        (PASS + "  - rtn: {bits: " + "9" * 4000 + "}\n", "mine.yaml:4: "),
+        (PASS + "  - gptq: {damping: .nan}\n", "gptq cannot take damping=nan"),
+        (PASS + "  - gptq: {damping: .inf}\n", "gptq cannot take damping=inf"),
+        (PASS + "  - assign: {target_bpw: .nan}\n", "assign cannot take target_bpw=nan"),
+        (PASS + "  - assign: {target_bpw: -1}\n", "assign cannot keep to -1 bits per weight"),
+        (PASS + "  - rotate: {seed: -1}\n", "rotate cannot take seed=-1"),
+        (PASS + "  - rtn: {1: 2}\n", "mine.yaml:4"),
+        ('name: "a\\uD800"\n', "mine.yaml:1: the value is not UTF-8 at its character 2"),
+        (PASS + "  - rtn\ncalibration: {samples: .nan}\n", "calibration.samples"),
+        (PASS + "  - rtn\ncalibration: {samples: 1.0e+400}\n", "calibration.samples"),
+        (PASS + "  - rtn\ncalibration: {seed: -1}\n", "calibration.seed"),
+    ],
+)  # fmt: skip
+def test_a_hostile_recipe_is_one_sentence_at_once(text: str, words: str) -> None:
+    start = time.perf_counter()
+    message = refusal(text)
+    assert time.perf_counter() - start < 1
+    assert message.startswith("mine.yaml:") and len(message) < 400
+    assert words in message
+
+
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert recipe.load(path, PASSES) == recipe.parse(GOOD, "mine.yaml", PASSES)
 
 
 def test_an_unknown_recipe_gets_the_nearest_name() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.cache_shape import CacheShape
 from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.printer import to_text
@@ -131,7 +132,7 @@ def test_a_folder_gives_the_program_of_its_module(family: str, tmp_path: Path) -
     assert to_text(program) == to_text(of_module)
     for key in of_module.store.keys():
         assert torch.equal(program.store.load(key), of_module.store.load(key)), key
-    assert program.tokenizer == tmp_path
+    assert program.tokenizer == ModelTokenizer(tmp_path)
 
 
 def test_half_precision_weights_are_widened() -> None:
@@ -220,4 +221,4 @@ def test_real_models(shared: Path, name: str) -> None:
     # These logits reach 40, where the steps of float32 are 4e-6; the bound is relative to them.
     assert (got - want).abs().max() <= TOLERANCE * want.abs().max()
     assert (program.config.bos_token_id, program.config.eos_token_ids) == (1, (2,))
-    assert program.tokenizer == folder
+    assert program.tokenizer == ModelTokenizer(folder)

@@ -1,0 +1,141 @@
+"""What a user should know of a model before its numbers are believed: said on stderr and in the report."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hikui.lowering.artefact.text import TextCodec
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.evaluation.protocols import Excerpt
+from hikui.lowering.huggingface.config import refuse_outside
+from hikui.lowering.ir.program import Program
+from hikui.lowering.ir.steps import check_ids
+from hikui.lowering.json_text import parse_json
+from hikui.lowering.pipeline.contract import Calibration
+from hikui.lowering.pipeline.recipe import CalibrationSettings
+
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "bad_words_ids": (None, []),
+    "sequence_bias": (None, {}, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "exponential_decay_length_penalty": (None, []),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None,),
+    "guidance_scale": (None, 1, 1.0),
+}
+"""Settings of a generation config that change greedy text, with the values that do not."""
+
+
+def model_notices(program: Program, model: object, folders: Iterable[Path]) -> list[str]:
+    """Sentences on a model that was traced: its tokenizer, its config, and what of its generation config is not done.
+
+    Args:
+        program: as it was traced.
+        model: what was traced: a module, or its folder or id.
+        folders: those of the checkpoint's files.
+
+    Raises:
+        HikuiError: the config names tokens that the model does not have, or the tokenizer cannot be used or puts such
+            tokens around a text.
+    """
+    config = program.config
+    refuse_outside(() if config.bos_token_id is None else (config.bos_token_id,), "bos_token_id", config.vocabulary)
+    refuse_outside(config.eos_token_ids, "eos_token_id", config.vocabulary)
+    return [*program.cautions, *_tokenizer(program), *_generation(model, folders)]
+
+
+def _tokenizer(program: Program) -> list[str]:
+    if program.tokenizer is None:
+        return [
+            "The model comes without a tokenizer, so what is lowered from it takes and gives token ids only; give a "
+            "folder with its tokenizer with --tokenizer to have text."
+        ]
+    codec, vocabulary = TextCodec(program.tokenizer), program.config.vocabulary
+    check_ids([*codec.prefix, *codec.suffix], vocabulary)
+    notices = []
+    if beyond := [token for token in codec.ids() if token >= vocabulary]:
+        notices.append(
+            f"The tokenizer has {len(beyond)} token(s) from id {beyond[0]} on that the model, with a vocabulary of "
+            f"{vocabulary}, does not have; a text that gives one of them is refused."
+        )
+    bos = program.config.bos_token_id
+    if bos is not None and bos not in codec.prefix:
+        put = f"puts {_ids(codec.prefix)} there" if codec.prefix else "puts no token there"
+        notices.append(
+            f"The config names {bos} as the token that begins a text, but the tokenizer {put}; as in transformers, the "
+            "tokenizer counts."
+        )
+    if bos is None and codec.prefix:
+        notices.append(
+            f"The config names no token that begins a text, but the tokenizer puts {_ids(codec.prefix)} there; as in "
+            "transformers, the tokenizer counts."
+        )
+    return notices
+
+
+def _ids(tokens: Iterable[int]) -> str:
+    return ", ".join(map(str, tokens))
+
+
+def _generation(model: object, folders: Iterable[Path]) -> list[str]:
+    found: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        config = getattr(model, "generation_config", None)
+        found = {} if config is None else dict(config.to_dict())
+    for folder in sorted(set(folders)):
+        path = folder / "generation_config.json"
+        if path.is_file():
+            content = _object(path)
+            found |= content
+    ignored = [
+        f"{key} {found[key]!r}" for key, neutral in _NEUTRAL.items() if key in found and found[key] not in neutral
+    ]
+    if not ignored:
+        return []
+    return [
+        f"The generation config sets {', '.join(ignored)}, which hikui does not do: texts are greedy or drawn from the "
+        "model's own probabilities."
+    ]
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path.read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise HikuiError(f"{path} is not valid JSON: {error}.") from error
+    return content if isinstance(content, dict) else {}
+
+
+def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:
+    """A sentence where a tokenizer does not know a text that is measured."""
+    unknown, lost = sum(excerpt.unknown for excerpt in excerpts), sum(excerpt.lost for excerpt in excerpts)
+    if not (unknown or lost):
+        return []
+    tokens = sum(len(excerpt.ids) - excerpt.first for excerpt in excerpts)
+    return [
+        f"{unknown} of {tokens} tokens stand for characters that the tokenizer does not know, and {lost} characters "
+        "give no token at all; such a text measures little of the model."
+    ]
+
+
+def calibration_notices(data: Calibration, settings: CalibrationSettings, context: int) -> list[str]:
+    """A sentence where a text gave fewer windows, or shorter ones, than the recipe asks for."""
+    length = min(settings.tokens, context)
+    tokens, wanted = sum(chunk.shape[1] for chunk in data.chunks), settings.samples * length
+    if len(data.chunks) == settings.samples and tokens == wanted:
+        return []
+    return [
+        f"The calibration text {data.source} is too short: it gives {len(data.chunks)} window(s) with {tokens} tokens "
+        f"in all, and the recipe asks for {settings.samples} of {length}, {wanted} tokens; what is measured on so "
+        "little may do harm, so give a longer text."
+    ]
