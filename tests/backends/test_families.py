@@ -38,7 +38,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("cohere", _NEW_NAMES),
     "glm4": ("glm4", {**_NEW_NAMES, "head_dim": 12}),
     "olmo, clipped": ("olmo", {**_NEW_NAMES, "clip_qkv": 0.5}),
-    "falcon": ("falcon", _NEW_NAMES),
 }  # fmt: skip
 
 
