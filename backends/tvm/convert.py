@@ -189,6 +189,8 @@ def _repeat_interleave(node: fx.Node, importer: Importer) -> Value:
 
 def _layer_norm(node: fx.Node, importer: Importer) -> Value:
     """Without weight, bias or both too."""
+    x: Any
+    shape: Any
     x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[max(0, len(node.args) - 2) :])[:5]
     size = [int(extent) for extent in shape]
     operands = [

@@ -264,9 +264,11 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, 
 
 def _following_renames(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with those parameters added that it holds by a name which transformers changes on load."""
-    from transformers.conversion_mapping import WeightRenaming, get_model_conversion_mapping
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
 
-    renames = [change for change in get_model_conversion_mapping(module) if isinstance(change, WeightRenaming)]
+    model: Any = module
+    renames = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     wanted = {name for name, _ in module.named_parameters(remove_duplicate=False)} - set(checkpoint.tensors)
     found = {}
     for key, tensor in checkpoint.tensors.items():
