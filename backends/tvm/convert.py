@@ -15,6 +15,7 @@ from torch import fx
 from tvm import relax, te, tirx
 
 from hikui.backends.tvm import tir
+from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format, activation_k, cache_format
 
 Importer = Any
@@ -175,6 +176,31 @@ def _select(node: fx.Node, importer: Importer) -> Value:
     return importer.block_builder.emit(relax.op.take(importer.env[x], relax.const(at, "int64"), axis=axis, mode="wrap"))
 
 
+def _repeat_interleave(node: fx.Node, importer: Importer) -> Value:
+    """Each element several times over; the number is one for all."""
+    x, times = node.args[:2]
+    axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if not isinstance(times, int):
+        raise HikuiError(
+            f"Node '{node.name}' repeats by a number that is not fixed; the tvm backend cannot express it."
+        )
+    return importer.block_builder.emit(relax.op.repeat(importer.env[x], times, axis))
+
+
+def _layer_norm(node: fx.Node, importer: Importer) -> Value:
+    """Without weight, bias or both too."""
+    x: Any
+    shape: Any
+    x, shape, weight, bias, eps = (*node.args, *(None, None, 1e-5)[max(0, len(node.args) - 2) :])[:5]
+    size = [int(extent) for extent in shape]
+    operands = [
+        relax.const(np.full(size, default, np.float32)) if operand is None else importer.env[operand]
+        for operand, default in ((weight, 1.0), (bias, 0.0))
+    ]
+    axes = list(range(-len(size), 0))
+    return importer.block_builder.emit(relax.op.nn.layer_norm(importer.env[x], *operands, axes=axes, epsilon=eps))
+
+
 def _power(node: fx.Node, importer: Importer) -> Value:
     """Small whole powers are products, which LLVM turns into vectors; a call of pow it does not."""
     x, exponent = importer.env[node.args[0]], node.args[1]
@@ -231,6 +257,7 @@ CONVERTERS: dict[str, Converter] = {
     "causal_mask.default": _causal_mask,
     "embedding.default": _embedding,
     "index_select.default": _index_select,
+    "layer_norm.default": _layer_norm,
     "linear.default": _linear,
     "linear_a8.default": _linear_a8,
     "linear_a8_branch.default": _linear_a8,
@@ -238,6 +265,7 @@ CONVERTERS: dict[str, Converter] = {
     "quantize_activation.default": _quantize_activation,
     "quantize_activation_int4.default": _quantize_activation,
     "quantize_activation_static.default": _quantize_activation,
+    "repeat_interleave.self_int": _repeat_interleave,
     "rms_norm.default": _rms_norm,
     "rms_norm_quantize.default": _rms_norm,
     "rotary.default": _rotary,

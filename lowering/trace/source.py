@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _open_folder(folder: Path, mode: FakeTensorMode, trusted: bool) -> OpenModel
     refuse_non_finite(checkpoint.config, where)
     refuse_more_layers(checkpoint.config, checkpoint.tensors, where)
     module = _empty_model(checkpoint, trusted)
-    sources = _checkpoint_sources(module, checkpoint)
+    sources = _checkpoint_sources(module, _following_renames(module, checkpoint))
     generation = checkpoint.generation_config()
     return OpenModel(
         module=_with_fake_weights(module, mode),
@@ -260,8 +260,35 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, 
                 sources[name] = checkpoint.source(key, name, shape, transposed=_keeps_transposed(module, name))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise HikuiError(f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}; fetch it again.")
+        raise HikuiError(
+            f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}{_why_missing(missing)}."
+        )
     return sources
+
+
+def _following_renames(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with those parameters added that it holds by a name which transformers changes on load."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    model: Any = module
+    renames = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
+    wanted = {name for name, _ in module.named_parameters(remove_duplicate=False)} - set(checkpoint.tensors)
+    found = {}
+    for key, tensor in checkpoint.tensors.items():
+        name = key
+        for rename in renames:
+            name = rename.rename_source_key(name)[0]
+        if name in wanted:
+            found[name] = tensor
+    return replace(checkpoint, tensors={**checkpoint.tensors, **found}) if found else checkpoint
+
+
+def _why_missing(missing: list[str]) -> str:
+    """What is known of names that a checkpoint lacks: some that transformers makes itself when it loads one."""
+    if any(".experts." in name for name in missing):
+        return ": transformers fuses a mixture's experts when it loads them, and hikui does not support mixtures yet"
+    return ", which its config.json asks for"
 
 
 def _keeps_transposed(module: nn.Module, name: str) -> bool:

@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_types": [[["global", "local"], 1]], "max_position_embeddings": TINY_CONTEXT, "bos_token_id": 0,
         },
     ),
+    "gptj": ("gptj", {**_OLD_NAMES, "rotary_dim": 8}),
+    "cohere": ("cohere", _NEW_NAMES),
+    "glm4": ("glm4", {**_NEW_NAMES, "head_dim": 12}),
+    "olmo, clipped": ("olmo", {**_NEW_NAMES, "clip_qkv": 0.5}),
 }  # fmt: skip
 
 

@@ -220,12 +220,12 @@ def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories
 def test_what_a_user_should_know_is_told_once_and_reported(
     tiny: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    traced = Request.traced
+    compared = Request.compared
 
-    def with_caution(self: Request, **options: Any) -> Program:
-        program = traced(self, **options)
+    def with_caution(self: Request, **options: Any) -> Any:
+        program, fidelity = compared(self, **options)
         program.cautions = ("It is not what it seems.",)
-        return program
+        return program, fidelity
 
     run = Rtn.run
 
@@ -234,7 +234,7 @@ def test_what_a_user_should_know_is_told_once_and_reported(
             context.warn("A site is lost <em>.")
         return run(self, program, context)
 
-    monkeypatch.setattr(Request, "traced", with_caution)
+    monkeypatch.setattr(Request, "compared", with_caution)
     monkeypatch.setattr(Rtn, "run", warning)
     told: list[str] = []
     artefact = lower(tiny, tmp_path / "out", execution=Execution(warn=told.append))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor, check_finite, read_safetensors
 from hikui.lowering.errors import HikuiError
@@ -233,6 +234,31 @@ def test_malformed_header_entries(tmp_path: Path, entry: object, words: str) -> 
 def test_missing_tensor(checkpoint: Path) -> None:
     rewrite(checkpoint, lambda tensors: tensors.__delitem__(QUERY))
     assert f"has no tensor for '{QUERY}'" in refusal(checkpoint)
+
+
+def saved(family: str, folder: Path) -> Any:
+    config = AutoConfig.for_model(
+        family, vocab_size=TINY_VOCABULARY, hidden_size=48, intermediate_size=92, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_experts_that_transformers_fuses_on_load(tmp_path: Path) -> None:
+    saved("mixtral", tmp_path)
+    message = refusal(tmp_path)
+    assert "fuses a mixture's experts when it loads them, and hikui does not support mixtures yet" in message
+    assert "fetch" not in message
+
+
+def test_a_head_that_transformers_renames_on_load(tmp_path: Path) -> None:
+    model = saved("gpt_neox", tmp_path)
+    assert "embed_out.weight" in read_safetensors(tmp_path / WEIGHTS)
+    tokens = random_tokens(TINY_VOCABULARY, 20)
+    got = run_in_steps(trace(tmp_path), tokens, [20])
+    assert (got - float_logits(model, tokens)).abs().max() <= 1e-5
 
 
 def test_several_missing_tensors(checkpoint: Path) -> None:
