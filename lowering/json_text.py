@@ -16,13 +16,31 @@ def not_utf8(text: str) -> int | None:
     return None
 
 
-def parse_json(text: str | bytes) -> Any:
+class DuplicateKeyError(ValueError):
+    """An object names something twice, and readers differ in which of them they believe."""
+
+
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """As `json.loads`, but nesting too deep for Python is a `ValueError` too, not a `RecursionError`.
 
+    Args:
+        text: the JSON.
+        unique: refuse an object that has a key twice.
+
     Raises:
+        DuplicateKeyError: an object has a key twice.
         ValueError: the text is not JSON, nests too deeply, or has an integer of more digits than Python converts.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        twice = next(name for at, name in enumerate(names) if name in names[:at])
+        raise DuplicateKeyError(f"the key {twice[:80]!r} twice")
+    return found

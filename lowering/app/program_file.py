@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from hikui.lowering.checkpoint.folder import Checkpoint, read_safetensors
+from hikui.lowering.checkpoint.container import read_safetensors
+from hikui.lowering.checkpoint.folder import Checkpoint
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.files import write_whole
 from hikui.lowering.huggingface.tokenizer import ModelTokenizer

@@ -1,11 +1,6 @@
-"""Reads a Hugging Face checkpoint folder without loading it: one lazy source a tensor.
-
-Safetensors headers are parsed here rather than by the library because a damaged file must be described by its sizes,
-and because a tensor is read by offset, so that neither a mapping nor a handle stays open.
-"""
+"""Reads a Hugging Face checkpoint folder without loading it: one lazy source a tensor."""
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hikui.lowering.checkpoint.container import read_pickle, read_safetensors
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
 from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError
@@ -21,26 +17,10 @@ from hikui.lowering.huggingface.tokenizer import MAIN_FILES
 from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, Transposed, WeightStore
 from hikui.lowering.json_text import parse_json
 
-_SAFETENSORS_DTYPES = {
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-_HEADER_LIMIT = 100_000_000
-"""The safetensors format allows no longer header."""
-
 _PIECE_BYTES = 1 << 24
 """What a scan over a tensor reads at a time."""
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER = "adapter_config.json"
 _PICKLE, _PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 
@@ -92,11 +72,6 @@ class Checkpoint:
         if not folder.is_dir():
             raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
         if not (folder / "config.json").is_file():
-            if (folder / _ADAPTER).is_file():
-                raise HikuiError(
-                    f"{folder} holds an adapter (PEFT: {_ADAPTER}) and no model; merge it into its base model "
-                    "(`merge_and_unload` of peft), save that, and give its folder."
-                )
             raise HikuiError(f"{folder} is no checkpoint: it has no config.json.")
         config = _read_json(folder / "config.json")
         if (folder / _INDEX).is_file():
@@ -162,6 +137,11 @@ class Checkpoint:
             )
         if isinstance(tensor, QuantisedMatrix):
             return given
+        if not tensor.dtype.is_floating_point:
+            raise HikuiError(
+                f"The tensor '{key}' in {self.folder} has dtype {_named(tensor.dtype)}, and {name} takes floats; the "
+                "checkpoint is quantised in a way that its config.json does not say, so give the float one."
+            )
         if tensor.dtype in (torch.bfloat16, torch.float16):
             return FileTensor(tensor.path, tensor.offset, tensor.dtype, tensor.shape, widen=True)
         return Float32Tensor(tensor) if tensor.dtype == torch.float64 else tensor
@@ -171,7 +151,11 @@ class Checkpoint:
         a, b = self.tensors[first], self.tensors[second]
         if a.info != b.info:
             return False
-        return all(torch.equal(x, y) for x, y in zip(_pieces(a), _pieces(b), strict=True))
+        return all(torch.equal(x, y) for x, y in zip(pieces(a), pieces(b), strict=True))
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _kind_of_file(path: Path) -> str:
@@ -217,6 +201,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        # A name that no file can have: too long, or with a null in it.
+        return False
+
+
 def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> dict[str, FileTensor]:
     """Reads the shards that an index names."""
     weight_map = _read_json(path).get("weight_map")
@@ -225,8 +217,8 @@ def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> 
     shards: dict[str, dict[str, FileTensor]] = {}
     for file in sorted(set(weight_map.values())):
         shard = path.parent / file
-        if Path(file).name != file or not shard.is_file():
-            raise HikuiError(f"{path.name} names the shard {file}, which is not in {path.parent}; fetch it again.")
+        if Path(file).name != file or not _is_file(shard):
+            raise HikuiError(f"{path.name} names the shard {file[:80]}, which is not in {path.parent}; fetch it again.")
         shards[file] = reader(shard)
     tensors = {}
     for key, file in sorted(weight_map.items()):
@@ -236,98 +228,10 @@ def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> 
     return tensors
 
 
-def read_safetensors(path: Path) -> dict[str, FileTensor]:
-    """Parses the header of a safetensors file.
-
-    Format: https://github.com/huggingface/safetensors#format.
-
-    Returns:
-        Where each tensor lies; nothing of the data is read.
-
-    Raises:
-        HikuiError: The file is truncated or malformed, or has a dtype that is not supported.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            text = file.read(min(length, size, _HEADER_LIMIT))
-    except OSError as error:
-        raise HikuiError(f"{path} cannot be read: {error.strerror}.") from error
-    if len(head) < 8:
-        raise HikuiError(f"{path} is truncated: {size} bytes do not hold a safetensors header; fetch it again.")
-    if length > _HEADER_LIMIT:
-        raise HikuiError(f"{path} is no safetensors file: it claims a header of {length} bytes.")
-    if len(text) < length:
-        raise HikuiError(f"{path} is truncated: its header alone takes {8 + length} bytes, the file has {size}.")
-    try:
-        header = parse_json(text)
-        entries = {key: entry for key, entry in sorted(header.items()) if key != "__metadata__"}
-    except (ValueError, AttributeError) as error:
-        raise HikuiError(f"{path} is corrupt: its safetensors header is not a JSON object.") from error
-    tensors = {key: _entry(path, key, entry, 8 + length) for key, entry in entries.items()}
-    expected = max((tensor.offset + tensor.nbytes for tensor in tensors.values()), default=8 + length)
-    if size < expected:
-        raise HikuiError(f"{path} is truncated: {expected} bytes are expected, {size} found; fetch it again.")
-    if size > expected:
-        raise HikuiError(f"{path} is corrupt: {expected} bytes are expected, {size} found.")
-    return tensors
-
-
-def _entry(path: Path, key: str, entry: Any, start: int) -> FileTensor:
-    try:
-        name, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), entry["data_offsets"]
-        begin, end = int(begin), int(end)
-    except (KeyError, TypeError, ValueError) as error:
-        raise HikuiError(f"{path} is corrupt: the header entry of '{key}' is malformed.") from error
-    if name not in _SAFETENSORS_DTYPES:
-        raise HikuiError(f"The tensor '{key}' in {path} has dtype {name}; hikui reads float and plain integer tensors.")
-    dtype = _SAFETENSORS_DTYPES[name]
-    need = math.prod(shape) * dtype.itemsize
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != need:
-        raise HikuiError(
-            f"{path} is corrupt: '{key}' ({name} {list(shape)}) takes {need} bytes, its header says {end - begin}."
-        )
-    return FileTensor(path, start + begin, dtype, shape)
-
-
-def read_pickle(path: Path) -> dict[str, FileTensor]:
-    """Finds the tensors inside a `torch.save` file, without running code from it or loading its data.
-
-    Raises:
-        HikuiError: The file is damaged, older than torch 1.6's zip format, or holds something else than tensors.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    try:
-        # Under a fake mode torch.load builds no storages and notes where each one starts in the file.
-        with FakeTensorMode():
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, … for one kind of damage
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise HikuiError(f"{path} cannot be read ({reason}); fetch it again or convert it to safetensors.") from error
-    if not isinstance(content, dict):
-        raise HikuiError(f"{path} holds a {type(content).__name__}, not named tensors.")
-    size = path.stat().st_size
-    tensors = {}
-    for key, value in sorted(content.items()):
-        if not isinstance(value, Tensor):
-            continue
-        base = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if base is None or not value.is_contiguous():
-            raise HikuiError(f"The tensor '{key}' in {path} is not stored in one piece; convert it to safetensors.")
-        offset = base + value.storage_offset() * value.dtype.itemsize
-        tensors[key] = FileTensor(path, offset, value.dtype, tuple(value.shape))
-        if offset + tensors[key].nbytes > size:
-            raise HikuiError(f"{path} is truncated: '{key}' ends at byte {offset + tensors[key].nbytes} of {size}.")
-    return tensors
-
-
-def _pieces(source: TensorSource) -> Iterator[Tensor]:
+def pieces(source: TensorSource) -> Iterator[Tensor]:
     """The values of a tensor, flat, in small pieces where it lies in a file."""
     if isinstance(source, Float32Tensor):
-        yield from _pieces(source.source)
+        yield from pieces(source.source)
     elif isinstance(source, FileTensor):
         step, count = _PIECE_BYTES // source.dtype.itemsize, math.prod(source.shape)
         for start in range(0, count, step):
@@ -352,7 +256,7 @@ def check_finite(store: WeightStore) -> None:
         if not store.info(key).dtype.is_floating_point:
             continue
         nan = infinite = 0
-        for piece in _pieces(store.source(key)):
+        for piece in pieces(store.source(key)):
             if not torch.isfinite(piece).all():
                 nan += int(piece.isnan().sum())
                 infinite += int(piece.isinf().sum())

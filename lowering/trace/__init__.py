@@ -127,7 +127,7 @@ def _traced(
         bos_token_id=opened.bos_token_id,
         eos_token_ids=opened.eos_token_ids,
     )
-    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, tokenizer)
+    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, tokenizer, opened.cautions)
     # Identities and layout were cut out, so strides may differ from what export saw.
     program.propagate(everything=True)
     program.recompile()

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY
+from hikui.lowering.checkpoint.unread import look_for_unread
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.huggingface.config import refuse_adapter, refuse_more_layers, refuse_non_finite, token_ids
 from hikui.lowering.huggingface.remote_code import refuse_model_code
@@ -38,6 +39,7 @@ class OpenModel:
         bos_token_id: From the generation config, else the config.
         eos_token_ids: Likewise.
         tokenizer: Folder with the tokenizer, if any.
+        cautions: What a user should know of how it was read, a sentence each.
     """
 
     module: nn.Module
@@ -48,6 +50,7 @@ class OpenModel:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     tokenizer: Path | None
+    cautions: tuple[str, ...] = ()
 
     def context(self, wanted: int | None) -> int:
         """The context length to trace at.
@@ -101,7 +104,8 @@ def _open_folder(folder: Path, mode: FakeTensorMode, trusted: bool) -> OpenModel
     refuse_non_finite(checkpoint.config, where)
     refuse_more_layers(checkpoint.config, checkpoint.tensors, where)
     module = _empty_model(checkpoint, trusted)
-    sources = _checkpoint_sources(module, _following_renames(module, checkpoint))
+    checkpoint = _following_renames(module, checkpoint)
+    sources, cautions = _checkpoint_sources(module, checkpoint)
     generation = checkpoint.generation_config()
     return OpenModel(
         module=_with_fake_weights(module, mode),
@@ -112,6 +116,7 @@ def _open_folder(folder: Path, mode: FakeTensorMode, trusted: bool) -> OpenModel
         bos_token_id=_first(generation.get(_BOS, checkpoint.config.get(_BOS))),
         eos_token_ids=token_ids(generation.get(_EOS, checkpoint.config.get(_EOS)), _EOS),
         tokenizer=checkpoint.tokenizer_folder(),
+        cautions=cautions,
     )
 
 
@@ -237,14 +242,18 @@ def _sentinel(like: Tensor) -> Tensor:
     return torch.full(like.shape, lowest, dtype=like.dtype)
 
 
-def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Finds each parameter in the checkpoint, and unties those that the checkpoint holds twice with two values."""
+def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, TensorSource], tuple[str, ...]]:
+    """Finds each parameter in the checkpoint, and unties those that the checkpoint holds twice with two values.
+
+    Returns:
+        The parameters by name, and what is to be said of the tensors that none of them is.
+    """
     prefix = str(getattr(module, "base_model_prefix", "model"))
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     sources: dict[str, TensorSource] = {}
-    missing = []
+    missing, read = [], []
     for tied in names.values():
         shape = tuple(module.get_parameter(tied[0]).shape)
         keys = [checkpoint.find([name], prefix) for name in tied]
@@ -252,6 +261,7 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, 
         if not held:
             missing.append(tied[0])
             continue
+        read += held
         sources[tied[0]] = checkpoint.source(held[0], tied[0], shape, transposed=_keeps_transposed(module, tied[0]))
         for name, key in zip(tied[1:], keys[1:], strict=True):
             if key is not None and key != held[0] and not checkpoint.identical(key, held[0]):
@@ -263,7 +273,7 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> dict[str, 
         raise HikuiError(
             f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}{_why_missing(missing)}."
         )
-    return sources
+    return sources, look_for_unread(checkpoint, module, read, prefix)
 
 
 def _following_renames(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:

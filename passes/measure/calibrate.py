@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.checkpoint.folder import read_safetensors
+from hikui.lowering.checkpoint.container import read_safetensors
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
