@@ -1,7 +1,19 @@
-"""JSON from a file that somebody else wrote: whatever is wrong with it is a ValueError."""
+"""JSON and texts that somebody else wrote: whatever is wrong with them is told in one way."""
 
 import json
 from typing import Any
+
+
+def not_utf8(text: str) -> int | None:
+    """Where a text holds half of a surrogate pair, which no UTF-8 can say; None where it holds none.
+
+    Python keeps a byte of an argument so that was not UTF-8, and JSON and YAML can spell one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def parse_json(text: str | bytes) -> Any:

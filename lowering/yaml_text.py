@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from hikui.lowering.errors import UsageError
+from hikui.lowering.json_text import not_utf8
 
 LARGEST = 64 * 1024
 """Characters of a file; the longest recipe that anybody writes by hand takes a few thousand."""
@@ -107,6 +108,8 @@ class _Checker:
             total = 1 + sum(self.size(part, inner) for part in node.value)
         else:
             total = 1
+            if (at := not_utf8(node.value)) is not None:
+                raise UsageError(f"{self._source}:{line}: the value is not UTF-8 at its character {at + 1}.")
         if total > _NODES:
             raise UsageError(f"{self._source}:{line}: with its aliases written out it holds more than {_NODES} values.")
         self._sizes[id(node)] = total

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.huggingface.tokenizer import FILE, ModelTokenizer, read_tokenizer
-from hikui.lowering.json_text import parse_json
+from hikui.lowering.json_text import not_utf8, parse_json
 
 SEPARATOR = "<|endoftext|>"
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
@@ -150,12 +150,8 @@ def _writable(text: str) -> str:
     Raises:
         UsageError: it holds half of a surrogate pair, which is how Python keeps a byte that was not UTF-8.
     """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"The text {text[:40]!a} is not UTF-8 at character {error.start + 1}; give it as UTF-8."
-        ) from None
+    if (at := not_utf8(text)) is not None:
+        raise UsageError(f"The text {text[:40]!a} is not UTF-8 at character {at + 1}; give it as UTF-8.")
     return text
 
 

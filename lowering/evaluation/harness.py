@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import json
 import logging
 import os
 import tempfile
@@ -22,7 +23,7 @@ from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.evaluation.quality import Progress
-from hikui.lowering.json_text import parse_json
+from hikui.lowering.json_text import not_utf8, parse_json
 from hikui.lowering.progress import no_progress
 from hikui.lowering.yaml_text import compose
 
@@ -148,6 +149,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         row = parse_json(line)
     except ValueError as error:
         raise UsageError(f"{where}: this is not JSON: {error}.") from None
+    if not_utf8(json.dumps(row, ensure_ascii=False)) is not None:
+        raise UsageError(f"{where}: this row holds half of a surrogate pair (\\ud800 to \\udfff), which is no text.")
     fields = row if isinstance(row, dict) else {}
     context, choices, label, target = (fields.get(key) for key in ("context", "choices", "label", "target"))
     if context is None and choices is None and isinstance(fields.get("text"), str):

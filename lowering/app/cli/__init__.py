@@ -8,7 +8,8 @@ a wrong request, and 3 for a defect of hikui or of a pass.
 import sys
 from collections.abc import Sequence
 
-from hikui.lowering.errors import DEFECT, HikuiError, VerificationError
+from hikui.lowering.errors import DEFECT, HikuiError, UsageError, VerificationError
+from hikui.lowering.json_text import not_utf8
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -16,6 +17,14 @@ def run(arguments: Sequence[str]) -> int:
     from hikui.lowering.app.cli import console
     from hikui.lowering.app.cli.application import application, quieten
 
+    for argument in arguments:
+        if (at := not_utf8(argument)) is not None:
+            print(
+                f"hikui: the argument {argument!a} is not UTF-8 at character {at + 1}; give it, or name the file, "
+                "in UTF-8.",
+                file=sys.stderr,
+            )
+            return UsageError.exit_code
     debug = "--debug" in arguments
     console.debug.set(debug)
     if not debug:

@@ -93,7 +93,7 @@ def test_run_gives_the_interpreters_greedy_tokens(hikui_command: Command, built:
     status, out, err = hikui_command("run", built.directory, *options, "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)
-    assert set(answer) == {"prompt", "tokens", "text", "first_token_seconds", "tokens_per_second"}
+    assert set(answer) == {"prompt", "tokens", "text", "cache_full", "first_token_seconds", "tokens_per_second"}
     expected = generate(ReferenceRunner(prepared.program), built.encode_prompt("Once"), max_new_tokens=8)
     assert answer["tokens"] == expected.tokens
     assert answer["first_token_seconds"] > 0

@@ -162,7 +162,12 @@ def test_a_full_cache_is_said(built: Artefact, hikui_command: Command) -> None:
     assert (status, err) == (0, "")
 
 
-def test_a_prompt_that_is_not_utf8_is_a_wrong_request(built: Artefact, hikui_command: Command) -> None:
-    status, out, err = hikui_command("run", built.directory, "--prompt", b"ab\xff".decode(errors="surrogateescape"))
-    assert (status, out) == (2, "")
-    assert "is not UTF-8 at character 3" in err
+def test_an_argument_that_is_not_utf8_is_a_wrong_request(built: Artefact, hikui_command: Command) -> None:
+    wrong = b"ab\xff".decode(errors="surrogateescape")
+    for command in (
+        ("run", built.directory, "--prompt", wrong), ("lower", wrong, "-o", "out"), ("lower", "reference", "-o", wrong),
+        ("eval", "reference", "--text", wrong),
+    ):  # fmt: skip
+        status, out, err = hikui_command(*command)
+        assert (status, out) == (2, "")
+        assert r"the argument 'ab\udcff' is not UTF-8 at character 3" in err

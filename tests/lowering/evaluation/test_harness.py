@@ -358,6 +358,7 @@ def test_a_byte_order_mark_is_no_part_of_a_task(tmp_path: Path) -> None:
     ("lines", "words"),
     [
         ("{", r"bad\.jsonl:1: this is not JSON"),
+        ('{"context": "a\\ud800", "target": "b"}', "this row holds half of a surrogate pair"),
         ("[" * 100_000, r"bad\.jsonl:1: this is not JSON: it nests too deeply"),
         ('{"label": ' + "9" * 5000 + "}", r"bad\.jsonl:1: this is not JSON"),
         ("", r"bad\.jsonl is empty"),

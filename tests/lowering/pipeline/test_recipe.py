@@ -121,6 +121,7 @@ PASS = "schema: 1\nname: mine\npasses:\n"
         (PASS + "  - assign: {target_bpw: -1}\n", "assign cannot keep to -1 bits per weight"),
         (PASS + "  - rotate: {seed: -1}\n", "rotate cannot take seed=-1"),
         (PASS + "  - rtn: {1: 2}\n", "mine.yaml:4"),
+        ('name: "a\\uD800"\n', "mine.yaml:1: the value is not UTF-8 at its character 2"),
         (PASS + "  - rtn\ncalibration: {samples: .nan}\n", "calibration.samples"),
         (PASS + "  - rtn\ncalibration: {samples: 1.0e+400}\n", "calibration.samples"),
         (PASS + "  - rtn\ncalibration: {seed: -1}\n", "calibration.seed"),
