@@ -89,10 +89,9 @@ class Interpreter:
             Logits float32 [1, T, V] and the new caches.
 
         Raises:
-            HikuiError: the tokens do not fit the cache, or are none of the model's.
+            HikuiError: the tokens do not fit the cache.
         """
         check_length(tokens.shape[1], past, self.program.config.context_length)
-        check_ids(tokens.numpy(), self.program.config.vocabulary)
         env: dict[fx.Node, object] = dict(
             zip(self.program.input_nodes(), (tokens, torch.tensor([past]), *caches), strict=True)
         )
@@ -130,7 +129,12 @@ class ReferenceRunner:
         return tuple(self._caches)
 
     def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
-        """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache."""
+        """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache.
+
+        Raises:
+            HikuiError: the tokens do not fit the cache, or are none of the model's.
+        """
+        check_ids(tokens, self._interpreter.program.config.vocabulary)
         # Handed over one by one: a long context's caches are the most that a large model takes, and not twice.
         logits, self._caches = self._interpreter.run(torch.from_numpy(tokens)[None], past, self._handed_over())
         return np.asarray(logits[0].numpy(), dtype=np.float32)

@@ -245,5 +245,5 @@ def test_tokens_that_do_not_fit_are_refused(tvm_host: Path) -> None:
     runner = TvmRunner(tvm_host)
     with pytest.raises(HikuiError, match="33 tokens do not fit the cache of 32"):
         runner.forward(np.arange(3), 30)
-    with pytest.raises(HikuiError, match="outside the vocabulary of 61"):
+    with pytest.raises(HikuiError, match="outside the model's vocabulary of 61"):
         runner.forward(np.array([61]), 0)
