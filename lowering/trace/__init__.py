@@ -75,20 +75,34 @@ def trace(
     store = WeightStore(sources, scratch)
     if finite:
         check_finite(store)
+    vocabulary = int(converted.logits.meta["val"].shape[-1])
+    ends, cautions = _ends_of_text(opened.eos_token_ids, vocabulary)
     config = ModelConfig(
         context_length=length,
-        vocabulary=int(converted.logits.meta["val"].shape[-1]),
+        vocabulary=vocabulary,
         caches=caches,
         architecture=opened.architecture,
         bos_token_id=opened.bos_token_id,
-        eos_token_ids=opened.eos_token_ids,
+        eos_token_ids=ends,
     )
     folder = Path(tokenizer) if tokenizer is not None else opened.tokenizer
-    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, folder)
+    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, folder, cautions)
     # Identities and layout were cut out, so strides may differ from what export saw.
     program.propagate(everything=True)
     program.recompile()
     return program
+
+
+def _ends_of_text(tokens: tuple[object, ...], vocabulary: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The tokens that can end a text, and a sentence for each that no model of this vocabulary can write."""
+    known = tuple(token for token in tokens if type(token) is int and 0 <= token < vocabulary)
+    cautions = tuple(
+        f"The configuration names {token} as a token that ends a text, which is none of the {vocabulary} tokens; it is "
+        "left out."
+        for token in tokens
+        if token not in known
+    )
+    return known, cautions
 
 
 def _prepare(opened: OpenModel, context: int) -> tuple[Decoder, tuple[CacheShape, ...]]:

@@ -302,3 +302,14 @@ def test_finite_check_of_a_large_file(tmp_path: Path) -> None:
     sources: dict[str, TensorSource] = {**read_safetensors(tmp_path / "t.safetensors")}
     with pytest.raises(HikuiError, match="'wide' holds 1 NaN"):
         check_finite(WeightStore(sources))
+
+
+@pytest.mark.parametrize("wanted", [-1, 4096, [0, -1]])
+def test_an_end_of_a_text_outside_the_vocabulary_is_left_out_and_said(checkpoint: Path, wanted: object) -> None:
+    for path in (checkpoint / "config.json", checkpoint / "generation_config.json"):
+        if path.is_file():
+            edit_json(path, eos_token_id=wanted)
+    program = trace(checkpoint)
+    assert program.config.eos_token_ids == ((0,) if wanted == [0, -1] else ())
+    (caution,) = program.cautions
+    assert "is left out" in caution
