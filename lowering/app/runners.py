@@ -101,6 +101,22 @@ def _open(artefact: Artefact, *, emulate: bool) -> "TvmRunner | OrtRunner":
     )
 
 
+def open_board_runner(artefact: Artefact) -> "Runner":
+    """The program that the artefact brings for the board, on this machine, which must be of its kind.
+
+    Raises:
+        HikuiError: it is missing, cannot be started, or refuses its artefact.
+    """
+    require_machine(artefact)
+    if artefact.manifest.backend == "tvm":
+        from hikui.backends.tvm.native.board import Board, BoardRunner
+
+        return BoardRunner(artefact.directory, Board(artefact.manifest.target.triple))
+    from hikui.backends.onnxruntime.emulation import ScriptModel
+
+    return ScriptModel(artefact.directory)
+
+
 def _require_agreement(artefact: Artefact, claims: dict[str, object]) -> None:
     """Checks that the manifest says of the model what the model's own files say.
 
