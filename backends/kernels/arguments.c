@@ -9,6 +9,9 @@ static const struct {
 } elements[] = {{"int8", 0, 8, 1},   {"int8", 0, 8, 4},     {"uint8", 1, 8, 4},    {"uint8", 1, 8, 1},
                 {"int32", 0, 32, 4}, {"int64", 0, 64, 8}, {"float16", 2, 16, 2}, {"float32", 2, 32, 4}};
 
+/* Beyond what any machine can address, and small enough to be added to and multiplied a little. */
+static const int64_t most_elements = INT64_C(1) << 58;
+
 int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted) {
   call->name = name;
   call->args = args;
@@ -29,6 +32,20 @@ struct view hikui_take_tensor(struct call* call, int index, const char* name, en
   } else {
     call->failed = hikui_fail("%s: argument %d, %s, must be a tensor.", call->name, index, name);
     return view;
+  }
+  if (given == NULL || given->ndim < 0 || (given->ndim > 0 && given->shape == NULL)) {
+    call->failed = hikui_fail("%s: argument %d, %s, must be a tensor.", call->name, index, name);
+    return view;
+  }
+  int64_t extent = 1;
+  for (int32_t i = 0; i < given->ndim; ++i) {
+    const int64_t size = given->shape[i];
+    extent = hikui_product(extent, size > 1 ? size : 1);
+    if (size < 0 || extent > most_elements) {
+      call->failed = hikui_fail("%s: %s has a size of %" PRId64 ", and no tensor is so large or less than empty.",
+                                call->name, name, size);
+      return view;
+    }
   }
   view.ndim = given->ndim;
   view.shape = given->shape;
@@ -55,7 +72,7 @@ struct view hikui_take_tensor(struct call* call, int index, const char* name, en
         call->failed = hikui_fail("%s: %s must be contiguous.", call->name, name);
         break;
       }
-      expected *= given->shape[i];
+      expected = hikui_product(expected, given->shape[i]);
     }
   }
   return view;

@@ -32,9 +32,16 @@ struct view {
   int64_t rows, columns, count;
 };
 
+/* The product of two sizes, or INT64_MAX where that is larger: it then equals no size, and no memory is so large. */
+static inline int64_t hikui_product(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
 /* Starts a call; not 0 where the number of arguments is wrong. */
 int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted);
 
+/* Reads a tensor. Its sizes are counts: none is negative, and their product, zeros left out, is at most 2^58. */
 struct view hikui_take_tensor(struct call* call, int index, const char* name, enum element element);
 
 double hikui_take_number(struct call* call, int index, const char* name);

@@ -34,7 +34,7 @@ HIKUI_PACKED(hikui_rotary) {
   hikui_expect_matrix(&call, &a.sin, a.x.shape[a.x.ndim - 2], a.x.columns);
   hikui_expect_matrix(&call, &a.y, a.x.rows, a.x.columns);
   if (call.failed) return -1;
-  return a.x.count == 0 ? 0 : hikui_parallel(run_rotary, &a, a.x.rows, a.x.count * 8);
+  return a.x.count == 0 ? 0 : hikui_parallel(run_rotary, &a, a.x.rows, hikui_product(a.x.count, 8));
 }
 
 /* --- caches ------------------------------------------------------------------------------------------------------- */
@@ -81,7 +81,7 @@ static void run_store(const void* arguments, int64_t first, int64_t last) {
 static int append(const struct cache* cache) {
   const int64_t rows = cache->heads * cache->tokens, width = cache->tokens * cache->size;
   if (cache->added.count == 0) return 0;
-  if (cache->format != FLOAT_CACHE) return hikui_parallel(run_store, cache, rows, cache->added.count * 5);
+  if (cache->format != FLOAT_CACHE) return hikui_parallel(run_store, cache, rows, hikui_product(cache->added.count, 5));
   for (int64_t head = 0; head < cache->heads; ++head)
     memcpy((float*)cache->stored.data + (head * cache->context + cache->past) * cache->size,
            (const float*)cache->added.data + head * width, (size_t)width * sizeof(float));
@@ -119,7 +119,7 @@ static int cache_update(const char* name, int format, const hikui_any* args, int
   hikui_expect_heads(&call, &values, a.heads, a.context, a.size);
   if (check_cache(&call, &a) || append(&a)) return -1;
   const struct load load = {&a, values.data};
-  return values.count == 0 ? 0 : hikui_parallel(run_load, &load, a.heads * a.context, values.count * 5);
+  return values.count == 0 ? 0 : hikui_parallel(run_load, &load, a.heads * a.context, hikui_product(values.count, 5));
 }
 
 /* --- attention ---------------------------------------------------------------------------------------------------- */
@@ -175,7 +175,9 @@ static int attention(const char* name, int format, const hikui_any* args, int32_
   hikui_expect_heads(&call, &a.out, a.heads, a.keys.tokens, a.keys.size);
   if (check_cache(&call, &a.keys) || check_cache(&call, &a.values) || append(&a.keys) || append(&a.values)) return -1;
   const int64_t rows = a.heads * a.keys.tokens, past_columns = a.keys.past + a.keys.tokens;
-  return rows == 0 ? 0 : hikui_parallel(run_attention, &a, rows, rows * past_columns * a.keys.size * 8);
+  return a.out.count == 0 ? 0
+                          : hikui_parallel(run_attention, &a, rows,
+                                           hikui_product(hikui_product(rows, past_columns), a.keys.size * 8));
 }
 
 /* --- public names ------------------------------------------------------------------------------------------------- */

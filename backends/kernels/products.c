@@ -52,7 +52,7 @@ static int floating(const struct kernel_table* table, int kind, struct floating 
   const int64_t width = kind == FLOAT16 ? 2 : 4;
   a.kernel = table->floating[kind][size];
   return hikui_parallel(run_floating, &a, positions_of(a.n, table->floating_blocks[size]),
-                        a.n * a.k * (width + a.m / 4));
+                        hikui_product(hikui_product(a.n, a.k), width + a.m / 4));
 }
 
 static int linear_float(const char* name, int kind, const hikui_any* args, int32_t count) {
@@ -66,7 +66,7 @@ static int linear_float(const char* name, int kind, const hikui_any* args, int32
   const int64_t n = y.columns;
   hikui_expect_matrix(&call, &y, x.rows, n);
   hikui_expect_packed(&call, &weight, blocks_of(n), 3);
-  if (!call.failed) hikui_expect_count(&call, &weight, blocks_of(n) * x.columns * 16);
+  if (!call.failed) hikui_expect_count(&call, &weight, hikui_product(hikui_product(blocks_of(n), x.columns), 16));
   hikui_expect_bias(&call, &bias, n);
   if (call.failed) return -1;
   if (y.count == 0) return 0;
@@ -88,24 +88,26 @@ struct packing {
 static int take_packing(struct call* call, int kind, const struct view* weight, const struct view* scale,
                         int64_t available, struct packing* packing) {
   if (call->failed) return -1;
-  const int64_t lines = weight->shape[1], groups = scale->shape[1];
+  const int64_t lines = weight->shape[1], groups = scale->shape[1], wide = hikui_product(lines, 32);
   int64_t columns, first; /* of the first segment */
   if (kind == MIXED) { /* columns/8 − … lines of int4 and columns/32 of sign fill a multiple of 128 columns */
     columns = (available + 127) / 128 * 128;
-    first = (32 * lines - columns) / 3;
-    if (first < 0 || first > columns || 3 * first != 32 * lines - columns) first = -1;
+    first = (wide - columns) / 3;
+    if (first < 0 || first > columns || 3 * first != wide - columns) first = -1;
   } else {
-    columns = lines % step_lines[kind] == 0 ? lines / step_lines[kind] * 32 : -1;
+    columns = lines % step_lines[kind] == 0 ? hikui_product(lines / step_lines[kind], 32) : -1;
     first = columns;
   }
-  if (columns < 0 || first < 0 || groups < 1 || columns % (groups * 32) != 0 || first % (columns / groups) != 0)
+  /* Nothing is divided by a size before it is known to be none of zero. */
+  if (columns < 1 || first < 0 || groups < 1 || columns % hikui_product(groups, 32) != 0 ||
+      first % (columns / groups) != 0)
     return hikui_fail("%s: %" PRId64 " weight lines in %" PRId64 " groups do not fit activations of %" PRId64
                       " columns; groups are multiples of 32, activations are padded to 128.",
                       call->name, lines, groups, available);
   packing->columns = columns;
   packing->groups = groups;
   packing->group_steps = columns / groups / 32;
-  packing->split = columns == 0 ? 0 : first / (columns / groups);
+  packing->split = first / (columns / groups);
   return 0;
 }
 
@@ -134,15 +136,15 @@ static void run_prepare(const void* arguments, int64_t first, int64_t last) {
 static int run_linear_a8(const struct kernel_table* table, int kind, struct integer* a) {
   a->entry = &table->integer[kind][a->m == 1 ? SINGLE : a->m < 16 ? FEW : MANY];
   const int64_t positions = positions_of(a->n, a->entry->blocks);
-  const int64_t bytes = a->weight.count * (1 + a->m / 4);
+  const int64_t bytes = hikui_product(a->weight.count, 1 + a->m / 4);
   a->read = a->q.data;
   if (a->entry->prepare == NULL) return hikui_parallel(run_integer, a, positions, bytes);
   struct scratch scratch;
   const int64_t rows = a->m == 1 ? 1 : (a->m + 15) / 16 * 16; /* tiles are whole, though their last rows may mean nothing */
-  a->prepared = scratch_take(&scratch, rows * (a->q.columns / 32) * a->entry->prepared_bytes);
+  a->prepared = scratch_take(&scratch, hikui_product(hikui_product(rows, a->q.columns / 32), a->entry->prepared_bytes));
   if (a->prepared == NULL) return -1;
   a->read = a->prepared;
-  int status = hikui_parallel(run_prepare, a, a->m, a->m * a->q.columns * 2);
+  int status = hikui_parallel(run_prepare, a, a->m, hikui_product(a->q.count, 2));
   if (status == 0) status = hikui_parallel(run_integer, a, positions, bytes);
   scratch_give(&scratch);
   return status;
@@ -152,7 +154,7 @@ static int run_linear_a8(const struct kernel_table* table, int kind, struct inte
 static int run_branch(const struct kernel_table* table, int kind, struct integer* a, const struct view* x,
                       const struct view* branch_a) {
   struct scratch scratch;
-  float* t = scratch_take(&scratch, a->m * a->rank * (int64_t)sizeof(float));
+  float* t = scratch_take(&scratch, hikui_product(hikui_product(a->m, a->rank), sizeof(float)));
   if (t == NULL) return -1;
   const struct floating product = {NULL, x->data, branch_a->data, NULL, t, a->m, a->rank, x->columns, 0};
   int status = floating(table, FLOAT16, product);
@@ -199,7 +201,7 @@ static int linear_a8(const char* name, int kind, int branch, const hikui_any* ar
   if (call.failed) return -1;
   a.rank = a.b.shape[1];
   hikui_expect_packed(&call, &branch_a, blocks_of(a.rank), 3);
-  if (!call.failed) hikui_expect_count(&call, &branch_a, blocks_of(a.rank) * x.columns * 16);
+  if (!call.failed) hikui_expect_count(&call, &branch_a, hikui_product(hikui_product(blocks_of(a.rank), x.columns), 16));
   if (call.failed) return -1;
   return a.y.count == 0 ? 0 : run_branch(table, kind, &a, &x, &branch_a);
 }
@@ -244,13 +246,13 @@ static int linear_weight_only(const char* name, int kind, const hikui_any* args,
   if (a.y.count == 0) return 0;
   a.kernel = table->weight_only[kind][a.m == 1 ? 0 : 1];
   a.x = x.data;
-  const int64_t bytes = a.weight.count * (1 + a.m / 4);
+  const int64_t bytes = hikui_product(a.weight.count, 1 + a.m / 4);
   if (x.columns == a.packing.columns)
     return hikui_parallel(run_weight_only, &a, blocks_of(a.y.columns), bytes);
   /* the kernel reads whole groups */
   struct scratch scratch;
   const int64_t width = a.packing.columns;
-  float* padded = scratch_take(&scratch, a.m * width * (int64_t)sizeof(float));
+  float* padded = scratch_take(&scratch, hikui_product(hikui_product(a.m, width), sizeof(float)));
   if (padded == NULL) return -1;
   for (int64_t row = 0; row < a.m; ++row) {
     memcpy(padded + row * width, (const float*)x.data + row * x.columns, (size_t)x.columns * sizeof(float));

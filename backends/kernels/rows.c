@@ -43,7 +43,7 @@ static void quantized(struct call* call, int index, const struct view* source, i
 
 static int finish_rows(const struct call* call, const struct rows* a, const struct view* source) {
   if (call->failed) return -1;
-  return source->rows == 0 ? 0 : hikui_parallel(run_rows, a, source->rows, source->count * 8);
+  return source->rows == 0 ? 0 : hikui_parallel(run_rows, a, source->rows, hikui_product(source->count, 8));
 }
 
 static int quantize_activation(const char* name, int mode, const hikui_any* args, int32_t count) {

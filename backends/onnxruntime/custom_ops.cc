@@ -100,10 +100,14 @@ const Spec kSpecs[] = {
 
 constexpr size_t kOperators = sizeof(kSpecs) / sizeof(kSpecs[0]);
 
+// Sizes beyond what any machine can address are refused before they are added to.
+constexpr int64_t kMostColumns = int64_t{1} << 58;
+
 int64_t padded(int64_t columns) { return (columns + kActivationPadding - 1) / kActivationPadding * kActivationPadding; }
 
 // The dimensions of an output: those of input 0 with the last one replaced (where asked, by `columns`) or dropped.
 size_t output_dims(Shape rule, int64_t columns, const int64_t* dims, size_t rank, int64_t* out) {
+  if (rank == 0) return 0;
   memcpy(out, dims, rank * sizeof(int64_t));
   int64_t& last = out[rank - 1];
   switch (rule) {
@@ -143,6 +147,11 @@ struct Tensor {
     return total;
   }
 };
+
+// The attribute by which the model says how many columns the output of a product has.
+bool is_width(int64_t out_features) { return out_features >= 1 && out_features <= kMostColumns; }
+
+constexpr char kNoWidth[] = "hikui: out_features must be a positive number of columns";
 
 int processors = 1;
 const Api* registered_api = nullptr;  // for shape inference, which is given none
@@ -291,6 +300,7 @@ Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void*
   Status* failed = nullptr;
   if (spec.output[0].shape == Shape::kOutFeatures) {
     failed = api->attribute(info, "out_features", &kernel->out_features);
+    if (failed == nullptr && !is_width(kernel->out_features)) failed = api->create_status(kInvalidArgument, kNoWidth);
   }
   if (failed == nullptr && spec.number != nullptr) {
     failed = api->attribute(info, spec.number, &kernel->number);
@@ -330,7 +340,9 @@ Status* infer(const CustomOp* op, ShapeInference* inference) {
     size_t needed = 0;
     if (Status* failed = api->attribute(inference, "out_features", &attribute)) return failed;
     if (Status* failed = api->read(attribute, kIntAttribute, &out_features, sizeof(out_features), &needed)) return failed;
+    if (!is_width(out_features)) return api->create_status(kInvalidArgument, kNoWidth);
   }
+  if (dims[rank - 1] > kMostColumns) return api->create_status(kInvalidArgument, "hikui: an operand has too many columns");
   for (size_t i = 0; i < spec.outputs; ++i) {
     const Output& output = spec.output[i];
     if (output.shape == Shape::kUpdated) {

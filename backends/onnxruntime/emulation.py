@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +34,26 @@ def find_sysroot(machine: str) -> Path:
     )
 
 
-class EmulatedModel:
-    """A model in an emulated process.
+class ScriptModel:
+    """A model in the artefact's own program, `bin/ort_run.py`, in a process of its own.
 
     Args:
         directory: the artefact.
-        threads: threads for a step; None is one, which is what an emulator does best.
+        command: what runs Python.
+        threads: threads for a step.
 
     Raises:
-        LoadError: the artefact's description is missing or damaged.
-        HikuiError: the emulator or the userland is missing, or the model cannot be loaded there.
+        HikuiError: the program is missing, or the model cannot be loaded there.
     """
 
-    def __init__(self, directory: Path, threads: int | None = None) -> None:
-        description = describe(directory)
-        machine, cpu = str(description["triple"]).split("-", 1)[0], description.get("emulator_cpu")
-        emulator = shutil.which(f"qemu-{machine}")
-        if emulator is None or cpu is None:
-            raise HikuiError(
-                f"Running {directory} here takes qemu-{machine}; install Debian's package qemu-user."
-                if emulator is None
-                else f"The target {description['target']} has no CPU that qemu emulates."
-            )
-        root = find_sysroot(machine) / str(cpu)
+    def __init__(self, directory: Path, command: Sequence[str] = (sys.executable,), threads: int = 1) -> None:
         script = directory / "bin" / "ort_run.py"
-        command = [
-            emulator,
-            "-cpu",
-            str(cpu),
-            "-L",
-            str(root),
-            str(root / "usr/bin/python3"),
-            str(script),
-            str(directory),
-        ]
-        # The emulated Python must not pick up packages or settings of this one.
+        if not script.is_file():
+            raise HikuiError(f"{script} is missing; copy the artefact again.")
+        # The other Python must not pick up packages or settings of this one.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         self._process = subprocess.Popen(
-            [*command, "--serve", "--threads", str(threads or 1)],
+            [*command, str(script), str(directory), "--serve", "--threads", str(threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,7 +70,7 @@ class EmulatedModel:
         line = self._process.stdout.readline()
         if not line:
             complaint = self._process.stderr.read().decode(errors="replace").strip().splitlines()
-            raise HikuiError(f"The emulated model stopped: {complaint[-1] if complaint else 'it said nothing'}")
+            raise HikuiError(f"The artefact's program stopped: {complaint[-1] if complaint else 'it said nothing'}")
         head: dict[str, Any] = json.loads(line)
         if "error" in head:
             raise HikuiError(str(head["error"]))
@@ -122,3 +106,30 @@ class EmulatedModel:
             if pipe is not None:
                 pipe.close()
         self._process.wait()
+
+
+class EmulatedModel(ScriptModel):
+    """A model in an emulated process.
+
+    Args:
+        directory: the artefact.
+        threads: threads for a step; None is one, which is what an emulator does best.
+
+    Raises:
+        LoadError: the artefact's description is missing or damaged.
+        HikuiError: the emulator or the userland is missing, or the model cannot be loaded there.
+    """
+
+    def __init__(self, directory: Path, threads: int | None = None) -> None:
+        description = describe(directory)
+        machine, cpu = str(description["triple"]).split("-", 1)[0], description.get("emulator_cpu")
+        emulator = shutil.which(f"qemu-{machine}")
+        if emulator is None or cpu is None:
+            raise HikuiError(
+                f"Running {directory} here takes qemu-{machine}; install Debian's package qemu-user."
+                if emulator is None
+                else f"The target {description['target']} has no CPU that qemu emulates."
+            )
+        root = find_sysroot(machine) / str(cpu)
+        command = [emulator, "-cpu", str(cpu), "-L", str(root), str(root / "usr/bin/python3")]
+        super().__init__(directory, command, threads or 1)

@@ -10,11 +10,13 @@ a line of JSON, {"shape": [T, V]} followed by that many float32, or {"error": "â
 import argparse
 import ctypes
 import json
+import os
 import platform
+import re
 import struct
 import sys
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -48,10 +50,30 @@ def describe(directory: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise LoadError(f"{path} cannot be read ({error}); lower the model again.") from error
+        raise LoadError(f"{path} cannot be read ({_first_line(error)}); lower the model again.") from error
     if not isinstance(description, dict) or not description.keys() >= _DESCRIPTION:
         raise LoadError(f"{path} is not the description of a model; lower the model again.")
+    texts = ("library", "model", "onnxruntime", "target", "triple")
+    features = description["features"]
+    if not all(isinstance(description[name], str) for name in texts) or not (
+        isinstance(features, list) and all(isinstance(feature, str) for feature in features)
+    ):
+        raise LoadError(f"{path} holds something else than names; lower the model again.")
+    if not isinstance(description["caches_in_place"], bool):
+        raise LoadError(f"{path} does not say whether caches are written in place; lower the model again.")
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6}){1,3}", description["onnxruntime"]):
+        raise LoadError(f"{path} names no version of onnxruntime; lower the model again.")
+    for name in ("library", "model"):
+        _require_inside(directory, path, description[name])
     return description
+
+
+def _require_inside(directory: Path, path: Path, name: str) -> None:
+    """Raises LoadError where a file that model.json names does not lie in the artefact: it would be loaded as code."""
+    parts = PurePosixPath(name)
+    wrong = not parts.parts or parts.is_absolute() or ".." in parts.parts or "\0" in name
+    if wrong or (directory / name).resolve() != directory.resolve() / name:
+        raise LoadError(f"{path} names '{name}', which is no plain file inside the artefact; copy the artefact again.")
 
 
 def _check_machine(description: dict[str, Any], library: Path) -> None:
@@ -117,14 +139,16 @@ class OrtModel:
             )
         except Exception as error:  # ONNX Runtime raises a class of its own for each status, without a common base
             raise LoadError(f"ONNX Runtime cannot load {directory}: {_first_line(error)}") from error
-        self._tensors = {
-            value.name: (value.shape, _CACHE_TYPES[value.type]) for value in self._session.get_inputs()[2:]
-        }
-        width = self._session.get_outputs()[0].shape[-1]
-        self.vocabulary = width if isinstance(width, int) else None
+        inputs = self._session.get_inputs()[2:]
+        if any(value.type not in _CACHE_TYPES for value in inputs):
+            raise LoadError(f"{directory / str(description['model'])} is not a model of hikui; lower the model again.")
+        self._tensors = {value.name: (value.shape, _CACHE_TYPES[value.type]) for value in inputs}
         self._in_place = bool(description["caches_in_place"])
-        shape, _ = next(iter(self._tensors.values()))
-        self.context_length = int(shape[2])
+        logits = self._session.get_outputs()[0].shape
+        shape, _ = next(iter(self._tensors.values()), ([], None))
+        if len(shape) < 3 or not isinstance(shape[2], int) or not logits or not isinstance(logits[-1], int):
+            raise LoadError(f"{directory / str(description['model'])} is not a model of hikui; lower the model again.")
+        self.context_length, self.vocabulary = shape[2], logits[-1]
         self.reset()
 
     def _zeros(self) -> dict[str, Any]:
@@ -142,6 +166,10 @@ class OrtModel:
         Raises:
             LoadError: ONNX Runtime or a kernel fails; the sentence says why.
         """
+        if past < 0 or len(tokens) == 0:
+            raise LoadError(f"{len(tokens)} tokens after {past} are no step; give at least one, after none or more.")
+        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
+            raise LoadError(f"A token is outside the vocabulary of {self.vocabulary}; use the model's own tokenizer.")
         if past + len(tokens) > self.context_length:
             raise LoadError(
                 f"{past + len(tokens)} tokens do not fit the cache of {self.context_length}; "
@@ -204,6 +232,21 @@ def generate(
     return {"tokens": tokens, "first_token_seconds": first, "tokens_per_second": rate}, np.stack(rows)
 
 
+def _request(line: str) -> tuple[npt.NDArray[np.int64], int] | None:
+    """Tokens and past of a request, None to forget all; raises LoadError where it is no request."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise LoadError(f"A request is not JSON ({_first_line(error)}).") from error
+    if request == {}:
+        return None
+    if not isinstance(request, dict) or request.keys() != {"tokens", "past"} or not isinstance(request["tokens"], list):
+        raise LoadError("A request has 'tokens', a list, and 'past'; or it is {} to forget all.")
+    if not all(type(number) is int and 0 <= number < 2**31 for number in (*request["tokens"], request["past"])):
+        raise LoadError("Token ids and 'past' are whole numbers from 0 on, below 2147483648.")
+    return np.array(request["tokens"], np.int64), request["past"]
+
+
 def serve(directory: Path, threads: int | None, requests: TextIO, answers: BinaryIO) -> None:
     """Loads a model and answers requests until their end; the module's text has the protocol."""
 
@@ -218,13 +261,13 @@ def serve(directory: Path, threads: int | None, requests: TextIO, answers: Binar
         return
     answer({"context_length": model.context_length})
     for line in requests:
-        request = json.loads(line)
-        if "tokens" not in request:
-            model.reset()
-            answer({})
-            continue
         try:
-            logits = model.forward(np.array(request["tokens"], np.int64), int(request["past"]))
+            request = _request(line)
+            if request is None:
+                model.reset()
+                answer({})
+                continue
+            logits = model.forward(*request)
         except LoadError as error:
             answer({"error": str(error)})
         else:
@@ -247,7 +290,22 @@ def say_kernels(directory: Path) -> None:
 
 
 def _ids(text: str) -> list[int]:
-    return [int(part) for part in text.replace(",", " ").split()]
+    return [_number(part, 0, 2**31 - 1) for part in text.replace(",", " ").split()]
+
+
+def _number(text: str, least: int, most: int) -> int:
+    if not re.fullmatch(r"0|[1-9][0-9]{0,18}", text) or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} to {most}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _number(text, 1, 2**31 - 1)
+
+
+def _threads(text: str) -> int:
+    """More threads than sixteen for each processor only wait for each other."""
+    return _number(text, 1, 16 * (os.cpu_count() or 1))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -255,33 +313,52 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Continue a list of tokens with an ONNX Runtime artefact of hikui.")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--tokens", type=_ids, default=[], help="the prompt, as token ids with commas between")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=_count, default=32)
     parser.add_argument("--stop", type=_ids, default=[], help="token ids that end the text")
-    parser.add_argument("--threads", type=int, help="threads for a step")
+    parser.add_argument("--threads", type=_threads, help="threads for a step")
     parser.add_argument("--dump-logits", type=Path, metavar="FILE", help="save the logits of each step as .npy")
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of the ids")
     parser.add_argument("--verbose", action="store_true", help="say which kernels are used, on standard error")
     parser.add_argument("--serve", action="store_true", help="answer requests on standard input")
     options = parser.parse_args(arguments)
-    if options.serve:
-        serve(options.directory, options.threads, sys.stdin, sys.stdout.buffer)
-        return 0
-    if not options.tokens or options.max_new_tokens < 1:
-        parser.error("--tokens and --max-new-tokens need at least one token, unless --serve is given")
+    if sys.stdout is None:
+        return _stopped("the standard output is closed.")
     try:
-        model = OrtModel(options.directory, options.threads)
-        if len(options.tokens) > model.context_length:
-            raise LoadError(f"{len(options.tokens)} tokens do not fit the cache of {model.context_length}.")
-        if options.verbose:
-            say_kernels(options.directory)
-        report, logits = generate(model, options.tokens, options.max_new_tokens, frozenset(options.stop))
+        if options.serve:
+            serve(options.directory, options.threads, sys.stdin, sys.stdout.buffer)
+            return 0
+        if not options.tokens:
+            parser.error("--tokens needs at least one token, unless --serve is given")
+        report = _generate(options)
+        print(json.dumps(report) if options.json else " ".join(map(str, report["tokens"])), flush=True)
     except LoadError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if options.dump_logits is not None:
-        np.save(options.dump_logits, logits)
-    print(json.dumps(report) if options.json else " ".join(map(str, report["tokens"])))
+        return _stopped(str(error))
+    except OSError as error:
+        # What is left in the buffer is lost too; without this, Python would try again at its end and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return _stopped(f"the output cannot be written: {error.strerror}.")
     return 0
+
+
+def _stopped(sentence: str) -> int:
+    print(sentence, file=sys.stderr)
+    return 1
+
+
+def _generate(options: argparse.Namespace) -> dict[str, Any]:
+    """The report of a prompt; raises LoadError."""
+    model = OrtModel(options.directory, options.threads)
+    if len(options.tokens) > model.context_length:
+        raise LoadError(f"{len(options.tokens)} tokens do not fit the cache of {model.context_length}.")
+    if options.verbose:
+        say_kernels(options.directory)
+    report, logits = generate(model, options.tokens, options.max_new_tokens, frozenset(options.stop))
+    if options.dump_logits is not None:
+        try:
+            np.save(options.dump_logits, logits)
+        except OSError as error:
+            raise LoadError(f"{options.dump_logits} cannot be written: {error.strerror}.") from error
+    return report
 
 
 if __name__ == "__main__":

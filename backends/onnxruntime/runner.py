@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hikui.backends.onnxruntime.emulation import EmulatedModel
-from hikui.backends.onnxruntime.ort_run import LoadError, OrtModel
+from hikui.backends.onnxruntime.ort_run import LoadError, OrtModel, describe
 from hikui.lowering.errors import HikuiError
 
 
@@ -26,10 +26,21 @@ class OrtRunner:
     def __init__(self, directory: Path, *, emulate: bool = False, threads: int | None = None) -> None:
         self._model: OrtModel | EmulatedModel | None
         try:
+            self._description = describe(directory)
             self._model = EmulatedModel(directory, threads) if emulate else OrtModel(directory, threads)
         except LoadError as error:
             raise HikuiError(str(error)) from error
         self.context_length = self._model.context_length
+
+    def claims(self) -> dict[str, object]:
+        """What `model.json` and the model say of what the manifest says too, under the manifest's names."""
+        description = self._description
+        return {
+            "target.name": description["target"],
+            "target.triple": description["triple"],
+            "target.features": tuple(description["features"]),
+            "model.context_length": self.context_length,
+        }
 
     def _loaded(self) -> OrtModel | EmulatedModel:
         if self._model is None:

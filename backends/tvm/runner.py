@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tvm_ffi
 
-from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, PARAMETERS, Index, map_parameters, read_index
+from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, Index, map_parameters, read_index
 from hikui.backends.tvm.native.board import Board, BoardRunner
 from hikui.lowering.artefact.target import core_count, cpu_features
 from hikui.lowering.errors import HikuiError
@@ -41,10 +41,25 @@ class TvmRunner:
         index = read_index(directory)
         self.context_length = index.context_length
         self.vocabulary = index.vocabulary
+        self._index = index
         if emulate and index.emulator_cpu is None:
             raise HikuiError(f"Target {index.target} cannot be emulated; run the artefact on a machine of its kind.")
         board = Board(index.triple, index.emulator_cpu)
         self._inner: Runner = BoardRunner(directory, board) if emulate else _InProcess(directory, index)
+
+    def claims(self) -> dict[str, object]:
+        """What `model.index` says of what the manifest says too, under the manifest's names."""
+        index = self._index
+        return {
+            "target.name": index.target,
+            "target.triple": index.triple,
+            "target.features": index.features,
+            "target.emulator_cpu": index.emulator_cpu,
+            "model.context_length": index.context_length,
+            "model.vocabulary": index.vocabulary,
+            "model.layers": len(index.caches),
+            "model.eos_token_ids": index.eos_token_ids,
+        }
 
     def reset(self) -> None:
         """Forgets every token. The cache is left as it is: nothing reads beyond the tokens that it holds."""
@@ -53,8 +68,11 @@ class TvmRunner:
         """Logits float32 [T, V] of int64 tokens [T], with `past` tokens in the cache.
 
         Raises:
-            HikuiError: the tokens do not fit the cache or are not in the vocabulary.
+            HikuiError: the tokens do not fit the cache or are not in the vocabulary, or the program gives something
+                else than the index says.
         """
+        if past < 0 or tokens.size == 0:
+            raise HikuiError(f"{tokens.size} tokens after {past} are no step; give at least one, after none or more.")
         check_length(tokens.size, past, self.context_length)
         check_ids(tokens, self.vocabulary)
         return self._inner.forward(tokens, past)
@@ -75,9 +93,14 @@ class _InProcess:
                 "lower it for another --target."
             )
         self.context_length = index.context_length
+        self._vocabulary = index.vocabulary
         self._weights: Any = tvm_ffi.Array(_map_weights(directory, index))
         tensors = [tensor for cache in index.caches for tensor in cache.tensors(index.context_length)]
-        self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(tensor)) for tensor in tensors]
+        try:
+            self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(tensor)) for tensor in tensors]
+        except MemoryError:
+            total = sum(tensor.nbytes for tensor in tensors)
+            raise HikuiError(f"There is no memory for the caches of {directory}, {total} bytes.") from None
         self._main: Any = _load_main(directory / LIBRARY)
 
     def reset(self) -> None:
@@ -86,8 +109,17 @@ class _InProcess:
     def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
         step = tvm_ffi.from_dlpack(np.array(tokens[None], dtype=np.int64))
         before = tvm_ffi.from_dlpack(np.array([past], dtype=np.int64))
-        logits = self._main(step, before, *self._caches, self._weights)
-        return np.asarray(np.from_dlpack(logits)[0], dtype=np.float32)
+        try:
+            logits = np.from_dlpack(self._main(step, before, *self._caches, self._weights))
+        except (RuntimeError, TypeError, ValueError, AttributeError, BufferError) as error:
+            raise HikuiError(f"The model's program failed: {str(error).strip().splitlines()[-1]}.") from None
+        if logits.dtype != np.float32 or logits.shape != (1, tokens.size, self._vocabulary):
+            shape = "×".join(map(str, logits.shape))
+            raise HikuiError(
+                f"The model gives {shape} of {logits.dtype} for {tokens.size} tokens, but {INDEX} says a vocabulary of "
+                f"{self._vocabulary}; copy the artefact again."
+            )
+        return np.asarray(logits[0], np.float32)
 
     def close(self) -> None:
         self._main, self._caches, self._weights = None, [], None
@@ -110,15 +142,11 @@ def _aligned_zeros(tensor: CacheTensor) -> npt.NDArray[Any]:
 
 
 def _map_weights(directory: Path, index: Index) -> list[Any]:
+    # `read_index` has checked that every tensor lies inside the file and has the bytes of its shape.
     mapping = map_parameters(directory, index)
     tensors = []
     for weight in index.weights:
-        try:
-            view = mapping[weight.offset : weight.offset + weight.nbytes].view(weight.dtype).reshape(weight.shape)
-        except (TypeError, ValueError):
-            raise HikuiError(
-                f"{directory / INDEX} and {PARAMETERS} do not belong together; copy the artefact again."
-            ) from None
+        view = mapping[weight.offset : weight.offset + weight.nbytes].view(weight.dtype).reshape(weight.shape)
         tensors.append(tvm_ffi.from_dlpack(np.asarray(view)))
     return tensors
 

@@ -5,12 +5,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from hikui.lowering.artefact.generate import Generation, Sampling, generate
-from hikui.lowering.artefact.manifest import Artefact
+from hikui.lowering.artefact.manifest import MANIFEST, Artefact
 from hikui.lowering.artefact.target import machine_triple
 from hikui.lowering.artefact.verify import require_machine
 from hikui.lowering.errors import HikuiError
 
 if TYPE_CHECKING:
+    from hikui.backends.onnxruntime import OrtRunner
+    from hikui.backends.tvm import TvmRunner
     from hikui.lowering.artefact.generate import Runner
 
 
@@ -76,14 +78,56 @@ def open_runner(artefact: Artefact, *, emulate: bool = False) -> "Runner":
     foreign = is_foreign(artefact)
     if not (foreign and emulate):
         require_machine(artefact)
+    runner = _open(artefact, emulate=foreign)
+    try:
+        _require_agreement(artefact, runner.claims())
+    except HikuiError:
+        runner.close()
+        raise
+    return runner
+
+
+def _open(artefact: Artefact, *, emulate: bool) -> "TvmRunner | OrtRunner":
     if artefact.manifest.backend == "tvm":
         from hikui.backends.tvm import TvmRunner
 
-        return TvmRunner(artefact.directory, emulate=foreign)
+        return TvmRunner(artefact.directory, emulate=emulate)
     if artefact.manifest.backend == "onnxruntime":
         from hikui.backends.onnxruntime import OrtRunner
 
-        return OrtRunner(artefact.directory, emulate=foreign)
+        return OrtRunner(artefact.directory, emulate=emulate)
     raise HikuiError(
         f"{artefact.directory} was made by the backend '{artefact.manifest.backend}', which this hikui does not have."
     )
+
+
+def open_board_runner(artefact: Artefact) -> "Runner":
+    """The program that the artefact brings for the board, on this machine, which must be of its kind.
+
+    Raises:
+        HikuiError: it is missing, cannot be started, or refuses its artefact.
+    """
+    require_machine(artefact)
+    if artefact.manifest.backend == "tvm":
+        from hikui.backends.tvm.native.board import Board, BoardRunner
+
+        return BoardRunner(artefact.directory, Board(artefact.manifest.target.triple))
+    from hikui.backends.onnxruntime.emulation import ScriptModel
+
+    return ScriptModel(artefact.directory)
+
+
+def _require_agreement(artefact: Artefact, claims: dict[str, object]) -> None:
+    """Checks that the manifest says of the model what the model's own files say.
+
+    Raises:
+        HikuiError: they contradict each other.
+    """
+    for name, claimed in claims.items():
+        entry, field = name.split(".")
+        said = getattr(getattr(artefact.manifest, entry), field)
+        if said != claimed:
+            raise HikuiError(
+                f"{artefact.directory / MANIFEST} says '{name}' is {said}, but the model's own files say {claimed}; "
+                "copy the folder again."
+            )

@@ -62,14 +62,21 @@ def _needs(data: bytes) -> set[str]:
     size, count = struct.unpack_from("<HH", data, 58)
     sections = [struct.unpack_from("<IIQQQQII", data, table + size * index) for index in range(count)]
     found: set[str] = set()
+    left = len(data) // 16  # as many entries as fit: a list that leads back into itself has more
     for _, kind, _, _, offset, _, link, entries in sections:
         if kind != _VERNEED:
             continue
         strings = sections[link][4]
         for _ in range(entries):
+            left -= 1
+            if left < 0:
+                raise ValueError("more entries than fit")
             _, versions, _, first, following = struct.unpack_from("<HHIII", data, offset)
             at = offset + first
             for _ in range(versions):
+                left -= 1
+                if left < 0:
+                    raise ValueError("more entries than fit")
                 _, _, _, name, after = struct.unpack_from("<IHHII", data, at)
                 begin = strings + name
                 found.add(data[begin : data.index(b"\0", begin)].decode("ascii"))

@@ -5,21 +5,22 @@ Reading needs no torch, so that a runner starts quickly. docs/architecture.md sh
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.cache_shape import FLOAT_CACHE
-from hikui.lowering.json_text import parse_json
+from hikui.lowering.json_text import DuplicateKeyError, parse_json
 
 MANIFEST = "manifest.json"
 RECIPE = "recipe.resolved.yaml"
@@ -30,16 +31,19 @@ REFERENCE_TOLERANCE = "reference_tolerance"
 
 SCHEMA_VERSION = 1
 
+_MOST_BYTES = 64 << 20
+"""Of a manifest: some 300,000 sites."""
+
 
 class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class FileEntry(_Entry):
     """A file of the artefact."""
 
-    bytes: int
-    sha256: str
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class TargetEntry(_Entry):
@@ -56,9 +60,9 @@ class ModelEntry(_Entry):
     """What a runner must know of the model."""
 
     architecture: str
-    context_length: int
-    vocabulary: int
-    layers: int
+    context_length: int = Field(ge=1, lt=2**31)
+    vocabulary: int = Field(ge=1, lt=2**31)
+    layers: int = Field(ge=0)
     cache_format: str = Field(default=FLOAT_CACHE, description="how keys and values are stored")
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -114,7 +118,7 @@ class Provenance(_Entry):
 class Manifest(_Entry):
     """manifest.json."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
     schema_version: Literal[1] = Field(validation_alias="schema", serialization_alias="schema")
     backend: str
@@ -127,6 +131,23 @@ class Manifest(_Entry):
     metrics: dict[str, float]
     provenance: Provenance
     files: dict[str, FileEntry]
+
+    @field_validator("requires")
+    @classmethod
+    def _versions(cls, requires: dict[str, str]) -> dict[str, str]:
+        if "glibc" in requires and not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9}){1,3}", requires["glibc"]):
+            raise ValueError(f"'{requires['glibc']}' is no version of glibc")
+        return requires
+
+    @field_validator("files")
+    @classmethod
+    def _inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
+        for name in files:
+            if name in ("", MANIFEST) or "\0" in name or "\\" in name or PurePosixPath(name).as_posix() != name:
+                raise ValueError(f"'{name}' is no name of a file inside the artefact")
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                raise ValueError(f"'{name}' leads out of the artefact")
+        return files
 
     def to_json(self) -> str:
         """Sorted and indented, the same for the same content."""
@@ -155,13 +176,23 @@ class Reference:
         """Reads what `save` wrote.
 
         Raises:
-            HikuiError: the file is damaged.
+            HikuiError: the file is damaged, or holds something else than finite logits of each of its tokens.
         """
         try:
             tensors = load_file(path)
-            return Reference(tensors["tokens"], int(tensors["prompt"][0]), tensors["logits"])
-        except (SafetensorError, KeyError, OSError) as error:
+            tokens, prompt, logits = (tensors[name] for name in ("tokens", "prompt", "logits"))
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise HikuiError(f"{path} is damaged ({error}); lower the model again.") from None
+        whole = tokens.dtype == prompt.dtype == np.int64 and logits.dtype == np.float32 and prompt.shape == (1,)
+        if not whole or logits.ndim != 2 or tokens.shape != logits.shape[:1] or not logits.size:
+            raise HikuiError(
+                f"{path} is damaged: it does not hold a row of logits for each token; lower the model again."
+            )
+        if not 1 <= prompt[0] <= tokens.size or tokens.min() < 0 or tokens.max() >= logits.shape[1]:
+            raise HikuiError(f"{path} is damaged: its prompt or a token is out of range; lower the model again.")
+        if not np.isfinite(logits).all() or not logits.any():
+            raise HikuiError(f"{path} has logits that say nothing: all zero, or not finite; lower the model again.")
+        return Reference(tokens, int(prompt[0]), logits)
 
 
 @dataclass(frozen=True)
@@ -180,8 +211,11 @@ class Artefact:
         """
         directory = Path(directory)
         artefact = Artefact(directory, read_manifest(directory))
+        inside = directory.resolve()
         for name, entry in sorted(artefact.manifest.files.items()):
             path = directory / name
+            if path.exists() and path.resolve() != inside / name:
+                raise HikuiError(f"{path} is a link, or lies behind one; an artefact holds plain files only.")
             if not path.is_file():
                 raise HikuiError(f"{path} is missing from the artefact; copy the whole folder again.")
             if path.stat().st_size != entry.bytes:
@@ -225,11 +259,15 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        content = parse_json(path.read_text("utf-8-sig"))
+        if path.stat().st_size > _MOST_BYTES:
+            raise HikuiError(f"{path} has {path.stat().st_size} bytes, which no manifest has; copy the folder again.")
+        content = parse_json(path.read_text("utf-8-sig"), unique=True, finite=True)
     except FileNotFoundError:
         raise HikuiError(f"{directory} is not an artefact: it has no {MANIFEST}; `hikui lower` makes one.") from None
     except OSError as error:
         raise HikuiError(f"{path} cannot be read: {error.strerror}.") from None
+    except DuplicateKeyError as error:
+        raise HikuiError(f"{path} is damaged: it holds {error}; copy the folder again.") from None
     except ValueError:
         raise HikuiError(f"{path} is damaged: it is not JSON; copy the folder again.") from None
     found = content.get("schema") if isinstance(content, dict) else None

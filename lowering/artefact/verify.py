@@ -1,5 +1,10 @@
-"""Checks an artefact: its files, where its libraries can run, what the machine offers, and the numbers it gives."""
+"""Checks an artefact: its files, where its libraries can run, what the machine offers, and the numbers it gives.
 
+The tolerance of the numbers stands in the manifest, which is part of what is checked: whatever it says, no more is
+allowed than `ROUNDED_TOLERANCE`, the most that any recipe of hikui is given.
+"""
+
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,7 +49,25 @@ def check_files(artefact: Artefact) -> Check:
             raise HikuiError(f"{path} is not listed in {MANIFEST}; remove it, or lower the model again.")
         if found[name].sha256 != due[name].sha256:
             raise HikuiError(f"{path} is damaged: its sha256 is not the manifest's; copy the folder again.")
+    holding = {parent for name in due for parent in (artefact.directory / name).parents}
+    for path in sorted(path for path in artefact.directory.rglob("*") if path.is_dir()):
+        if path not in holding:
+            raise HikuiError(f"{path} is a folder that holds no file of the artefact; remove it.")
     return Check("files", True, f"{len(due)} files as the manifest lists them")
+
+
+def check_modes(artefact: Artefact) -> Check:
+    """The board's program may be executed.
+
+    Raises:
+        HikuiError: it may not.
+    """
+    programs = [name for name in artefact.manifest.files if name.startswith("bin/") and name.endswith("/hikui-run")]
+    for name in programs:
+        path = artefact.directory / name
+        if not os.access(path, os.X_OK):
+            raise HikuiError(f"{path} is not executable; copy the artefact with its modes, or run `chmod +x` on it.")
+    return Check("modes", True, f"{len(programs)} programs are executable")
 
 
 def check_libraries(artefact: Artefact) -> Check:
@@ -109,17 +132,40 @@ def difference(got: np.ndarray[tuple[int, ...], np.dtype[np.float32]], reference
     return float(np.abs(got - reference.logits).max() / np.abs(reference.logits).max())
 
 
-def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner]) -> Check:
+def tolerance(artefact: Artefact) -> float:
+    """How far logits may be from the reference's.
+
+    Raises:
+        HikuiError: the manifest does not say it, or allows more than any recipe is given.
+    """
+    allowed = artefact.manifest.metrics.get(REFERENCE_TOLERANCE)
+    if allowed is None:
+        raise HikuiError(f"{artefact.directory / MANIFEST} lacks '{REFERENCE_TOLERANCE}'; lower the model again.")
+    if not 0 < allowed <= ROUNDED_TOLERANCE:
+        raise HikuiError(
+            f"{artefact.directory / MANIFEST} allows logits to differ by {allowed:g} of the largest, where hikui "
+            f"allows {ROUNDED_TOLERANCE:g} at most; copy the folder again, or lower the model again."
+        )
+    return allowed
+
+
+def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner], name: str = "numbers") -> Check:
     """The runner gives the reference's logits.
 
     Raises:
-        HikuiError: it gives others.
+        HikuiError: it gives others, or the manifest and the reference contradict each other.
     """
-    reference = artefact.reference()
+    reference, model = artefact.reference(), artefact.manifest.model
+    allowed = tolerance(artefact)
     if not np.isfinite(reference.logits).all():
         raise HikuiError(
             f"The reference numbers of {artefact.directory} are not finite, so nothing can be held against them; lower "
             "the model again, which names the node where its numbers stop being finite."
+        )
+    if reference.logits.shape[1] != model.vocabulary or reference.tokens.size > model.context_length:
+        raise HikuiError(
+            f"{artefact.directory / MANIFEST} and its reference numbers do not belong together: a vocabulary of "
+            f"{model.vocabulary} and {reference.logits.shape[1]} logits; copy the folder again."
         )
     runner = open_runner()
     try:
@@ -128,12 +174,13 @@ def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner]) -> Chec
         runner.close()
     error = difference(got, reference) if got.shape == reference.logits.shape else float("inf")
     # Written so that a NaN fails.
-    allowed = artefact.manifest.metrics[REFERENCE_TOLERANCE]
     if not error <= allowed:
         raise HikuiError(
             f"{artefact.directory} gives other numbers than it should: its logits differ by {error:.2g} of the largest "
             f"({allowed:g} is allowed); lower the model again, and report it if that does not help."
         )
     return Check(
-        "numbers", True, f"{reference.tokens.size} positions, largest difference {error:.1e} of the largest logit"
+        name,
+        True,
+        f"{reference.tokens.size} positions, largest difference {error:.1e} of the largest logit ({allowed:g} allowed)",
     )

@@ -29,6 +29,12 @@ def tvm_host(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _build(target.name, tmp_path_factory.mktemp("tvm") / target.name)
 
 
+@pytest.fixture
+def copied(tvm_host: Path, tmp_path: Path) -> Path:
+    """An artefact to be damaged."""
+    return Path(shutil.copytree(tvm_host, tmp_path / "artefact"))
+
+
 @pytest.fixture(scope="session", params=["raspberry-pi-4", "raspberry-pi-5"])
 def tvm_board(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same for the two kinds of aarch64 board, to be run under qemu-user."""

@@ -1,6 +1,7 @@
 """The ONNX Runtime backend as a whole: models of every family, the artefact's files, and what a runner refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -384,3 +385,122 @@ def test_the_script_stops_where_it_should(artefact: Path, capsys: pytest.Capture
 def test_features_of_the_target_go_into_the_description(tmp_path: Path) -> None:
     target = replace(resolve("host"), features=("bogus",))
     assert "lacks: bogus" in refusal(support.build(support.traced("gpt2"), tmp_path, target))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return support.build(support.lowered("llama", QUANTISED), tmp_path_factory.mktemp("whole") / "artefact")
+
+
+@pytest.fixture
+def described(whole: Path, tmp_path: Path) -> Path:
+    """An artefact to be tampered with."""
+    return Path(shutil.copytree(whole, tmp_path / "artefact"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"library": "../evil.so"},
+        {"library": "/evil.so"},
+        {"library": "ops/../../evil.so"},
+        {"library": ""},
+        {"library": "a\0b"},
+        {"library": 1},
+        {"model": "../model.onnx"},
+        {"features": "avx2"},
+        {"features": [1]},
+        {"onnxruntime": "new"},
+        {"onnxruntime": 1.19},
+        {"caches_in_place": "yes"},
+        {"triple": None},
+    ],
+)
+def test_a_description_that_leads_elsewhere_or_holds_other_types_is_refused(described: Path, change: object) -> None:
+    path = described / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))  # type: ignore[dict-item]
+    with pytest.raises(HikuiError, match=r"model\.json"):
+        OrtRunner(described)
+
+
+def test_a_link_to_code_outside_is_refused(described: Path, tmp_path: Path) -> None:
+    (library,) = described.glob("ops/*/libhikui_ops.so")
+    library.rename(tmp_path / "outside.so")
+    library.symlink_to(tmp_path / "outside.so")
+    with pytest.raises(HikuiError, match="no plain file inside the artefact"):
+        OrtRunner(described)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", "null"])
+def test_a_description_that_is_none_is_refused(described: Path, content: str) -> None:
+    (described / "model.json").write_text(content)
+    with pytest.raises(HikuiError, match=r"model\.json"):
+        OrtRunner(described)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--tokens=-1",),
+        ("--tokens", str(2**70)),
+        ("--tokens", "1.5"),
+        ("--tokens", "007"),
+        ("--tokens", ""),
+        ("--tokens", "1", "--threads", "100000"),
+        ("--tokens", "1", "--threads", "0"),
+        ("--tokens", "1", "--max-new-tokens", "1e3"),
+        ("--tokens", "1", "--max-new-tokens", "0"),
+    ],
+)
+def test_the_scripts_numbers_are_read_strictly(
+    described: Path, arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        ort_run.main([str(described), *arguments])
+    assert stopped.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_token_outside_the_vocabulary_is_refused(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ort_run.main([str(described), "--tokens", "4000"]) == 1
+    assert "outside the vocabulary" in capsys.readouterr().err
+
+
+def test_requests_that_are_none_are_answered_with_a_sentence(described: Path) -> None:
+    wrong = [
+        "[" * 100_000,
+        "{",
+        "[]",
+        '{"tokens": [1]}',
+        '{"tokens": 1, "past": 0}',
+        '{"tokens": [1], "past": -9223372036854775808}',
+        '{"tokens": [-1], "past": 0}',
+        '{"tokens": [1.5], "past": 0}',
+        '{"tokens": [true], "past": 0}',
+        '{"tokens": ["1"], "past": 0}',
+        '{"tokens": [[1]], "past": 0}',
+        '{"tokens": [], "past": 0}',
+        '{"tokens": [4000], "past": 0}',
+        f'{{"tokens": [{2**70}], "past": 0}}',
+        '{"tokens": [1], "past": 2147483647}',
+        '{"tokens": [1], "past": null}',
+    ]
+    command = [sys.executable, str(described / "bin" / "ort_run.py"), str(described), "--serve"]
+    done = subprocess.run(command, input="\n".join([*wrong, "{}"]).encode(), capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    first, *answers, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert first.keys() == {"context_length"}
+    assert last == {}
+    assert len(answers) == len(wrong)
+    assert all(answer.keys() == {"error"} for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("redirection", "words"), [(">/dev/full", "the output cannot be written"), (">&-", "the standard output is closed")]
+)
+def test_the_scripts_lost_output_is_a_failure(described: Path, redirection: str, words: str) -> None:
+    command = [sys.executable, str(described / "bin" / "ort_run.py"), str(described), "--tokens", "1", "--json"]
+    shell = ["bash", "-c", f'"$@" {redirection}', "bash", *command]
+    done = subprocess.run(shell, capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, words in line) == (1, True)

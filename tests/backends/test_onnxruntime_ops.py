@@ -277,6 +277,41 @@ def test_a_kernels_refusal_reaches_the_user(random: torch.Generator) -> None:
         run(model, feed)
 
 
+@pytest.mark.parametrize("kind", ["Sign", "Int2", "Ternary", "Int3", "Int4", "Nf4", "Fp4", "Int8", "Mixed"])
+@pytest.mark.parametrize("form", ["LinearA8", "LinearA8Branch", "Linear"])
+def test_a_weight_of_no_lines_in_a_model_is_refused(kind: str, form: str) -> None:
+    weight = torch.zeros(2, 0, 16, 4, dtype=torch.int8 if kind == "Int8" else torch.uint8)
+    x = {"x": torch.zeros(1, 2, 128)}
+    inputs: dict[str, torch.Tensor | None] = (
+        {**x}
+        if form == "Linear"
+        else {
+            "q": torch.zeros(1, 2, 128, dtype=torch.int8),
+            "q_scale": torch.zeros(1, 2),
+            "q_sums": torch.zeros(1, 2, 4, dtype=torch.int32),
+        }
+    )
+    inputs |= {"weight": weight, "scale": torch.zeros(2, 1, 16).half(), "bias": None}
+    if form == "LinearA8Branch":
+        inputs |= {**x, "a": torch.zeros(1, 128, 16).half(), "b": torch.zeros(2, 4, 16).half()}
+    model, feed = single(f"{form}{kind}", inputs, {}, out_features=20)
+    with pytest.raises(Exception, match="0 weight lines in 1 groups do not fit activations of 128"):
+        run(model, feed)
+
+
+@pytest.mark.parametrize("width", [0, -1, -(2**63), 2**59, 2**63 - 1])
+def test_an_output_of_no_width_is_refused(width: int) -> None:
+    weight = torch.zeros(2, 40, 16)
+    model, _ = single(
+        "LinearFloat32",
+        {"x": torch.zeros(1, 2, 40), "weight": weight, "bias": None},
+        {"weight": weight},
+        out_features=width,
+    )
+    with pytest.raises(Exception, match="out_features must be a positive number"):
+        session(model)
+
+
 def test_an_attribute_that_is_missing_is_named(random: torch.Generator) -> None:
     weight = weights(Format.parse("float32"), 20, 40, random).weight
     model, _ = single("LinearFloat32", {"x": torch.zeros(1, 2, 40), "weight": weight, "bias": None}, {"weight": weight})

@@ -37,12 +37,6 @@ def sentence(result: subprocess.CompletedProcess[str], code: int = 1) -> str:
     return line
 
 
-@pytest.fixture
-def copied(tvm_host: Path, tmp_path: Path) -> Path:
-    """An artefact to be damaged."""
-    return Path(shutil.copytree(tvm_host, tmp_path / "artefact"))
-
-
 def edit_index(directory: Path, old: str, new: str) -> None:
     text = (directory / INDEX).read_text()
     assert old in text

@@ -166,12 +166,53 @@ def test_says_what_is_wrong(gpu: Gpu, library: ctypes.CDLL, emulator: Emulator, 
     (tmp_path / "wrong").write_bytes(b"none")
     assert reason(tmp_path / "wrong", driver) == "cuModuleLoadData fails: emulated failure."
     assert "has no function cuInit" in reason(tmp_path, b"libc.so.6")
-    activation, matrix = Activation(0, 0, 0, 1, 128), Matrix(0, 0, 1, 128, 16, 1)
-    wrong = gpu.refuses("linear_a8", b"int9", activation, matrix, c_uint64(0), Branch(0, 0, 0), c_uint64(0))
+    activation, matrix, somewhere = Activation(16, 16, 16, 1, 128), Matrix(16, 16, 1, 128, 16, 1), c_uint64(16)
+    wrong = gpu.refuses("linear_a8", b"int9", activation, matrix, c_uint64(0), Branch(0, 0, 0), somewhere)
     assert wrong == "There is no kernel hikui_linear_a8_int9_m1."
-    narrow = Activation(0, 0, 0, 1, 32)
-    assert "narrower" in gpu.refuses("linear_a8", b"int4", narrow, matrix, c_uint64(0), Branch(0, 0, 0), c_uint64(0))
-    assert "quantised to 128" in gpu.refuses("quantize_activation", c_uint64(0), 100, 8, c_uint64(0), narrow)
+    wide = Matrix(16, 16, 1, 256, 32, 1)
+    assert "narrower" in gpu.refuses("linear_a8", b"int4", activation, wide, c_uint64(0), Branch(0, 0, 0), somewhere)
+    narrow = Activation(16, 16, 16, 1, 32)
+    assert "quantised to 128" in gpu.refuses("quantize_activation", somewhere, 100, 8, c_uint64(0), narrow)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *[{"groups": groups} for groups in (0, -1, 3, 5, 8, 2**31 - 1, -(2**31))],
+        *[{name: size} for name in ("n", "columns", "lines") for size in (0, -1, 2**31 - 1, -(2**31))],
+        {"weight": 0},
+        {"scale": 0},
+    ],
+)
+def test_a_matrix_that_is_none_is_refused(gpu: Gpu, wrong: dict[str, int]) -> None:
+    activation, somewhere = Activation(16, 16, 16, 1, 128), c_uint64(16)
+    matrix = Matrix(16, 16, 16, 128, 16, 1)
+    for name, value in wrong.items():
+        setattr(matrix, name, value)
+    for said in (
+        gpu.refuses("linear_a8", b"int4", activation, matrix, c_uint64(0), Branch(0, 0, 0), somewhere),
+        gpu.refuses("linear", b"int4", b"float32", somewhere, 1, 128, matrix, c_uint64(0), somewhere),
+    ):
+        assert said.endswith(".") and "no kernel" not in said
+
+
+def test_sizes_and_addresses_that_are_none_are_refused(gpu: Gpu) -> None:
+    matrix, none, somewhere = Matrix(16, 16, 16, 128, 16, 1), c_uint64(0), c_uint64(16)
+    plain, no_branch = Activation(16, 16, 16, 1, 128), Branch(0, 0, 0)
+    for m, columns in ((0, 128), (-1, 128), (2**31 - 1, 128), (1, 0), (1, -128), (1, 2**31 - 1), (1, 100)):
+        activation = Activation(16, 16, 16, m, columns)
+        gpu.refuses("linear_a8", b"int4", activation, matrix, none, no_branch, somewhere)
+        gpu.refuses(
+            "linear", b"int4", b"float32", somewhere, m, columns if columns != 100 else 129, matrix, none, somewhere
+        )
+        gpu.refuses("quantize_activation", somewhere, 2**31 - 1 if m == 1 else 128, 8, none, activation)
+    for branch in (Branch(0, 0, 4), Branch(16, 16, -4), Branch(16, 16, 2**31 - 1)):
+        assert "branch" in gpu.refuses("linear_a8", b"int4", plain, matrix, none, branch, somewhere)
+    assert "lacks an address" in gpu.refuses("linear_a8", b"int4", plain, matrix, none, no_branch, none)
+    assert "name of its format" in gpu.refuses("linear_a8", None, plain, matrix, none, no_branch, somewhere)
+    assert "lacks an address" in gpu.refuses("linear_dense", b"float16", none, 1, 16, 16, somewhere, none, somewhere)
+    for m, n, k in ((0, 16, 16), (1, -1, 16), (1, 16, 2**31 - 1)):
+        assert "is none" in gpu.refuses("linear_dense", b"float16", somewhere, m, n, k, somewhere, none, somewhere)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")

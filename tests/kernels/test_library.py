@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hikui.backends.kernels import SYMBOLS, build
 from hikui.backends.kernels.replay import Machine
-from hikui.backends.kernels.standalone import Library, link
+from hikui.backends.kernels.standalone import Call, Library, link
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import KINDS, Format, pack, quantize_activation
 
@@ -74,6 +74,85 @@ def test_wrong_arguments_are_refused(library: Library, name: str, wrong: Tensor,
     assert sentence in text
     assert text.startswith("hikui_linear_a8_int4")
     assert text.endswith(".")
+
+
+FORMS = [(kind, form) for kind in (*KINDS, "mixed") for form in ("a8_", "a8_branch_", "")]
+
+
+def hostile_arguments(kind: str, form: str, weight: tuple[int, ...], scale: tuple[int, ...], k: int) -> list[Tensor]:
+    """The tensors of a product of two rows, with a weight and scale of any shape."""
+    n, padded = 17, (k + 127) // 128 * 128
+    dtype = torch.int8 if kind == "int8" else torch.uint8
+    packed = [torch.zeros(weight, dtype=dtype), torch.zeros(scale, dtype=torch.float16), torch.zeros(n)]
+    branch = [torch.zeros(2, k), torch.zeros(1, k, 16).half(), torch.zeros(2, 4, 16).half()] if "branch" in form else []
+    taken = [torch.zeros(2, k)]
+    if form:
+        taken = [
+            torch.zeros(2, padded, dtype=torch.int8),
+            torch.zeros(2),
+            torch.zeros(2, padded // 32, dtype=torch.int32),
+        ]
+    return [*taken, *packed, *branch, torch.zeros(2, n)]
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+@pytest.mark.parametrize(
+    ("weight", "scale", "k"),
+    [
+        ((2, 0, 16, 4), (2, 1, 16), 128),
+        ((2, 0, 16, 4), (2, 1, 16), 0),
+        ((2, 0, 16, 4), (2, 0, 16), 128),
+        ((2, 32, 16, 4), (2, 0, 16), 128),
+        ((2, 1, 16, 4), (2, 7, 16), 128),
+    ],
+)
+def test_sizes_of_zero_are_refused_before_anything_is_divided_by_them(
+    library: Library, kind: str, form: str, weight: tuple[int, ...], scale: tuple[int, ...], k: int
+) -> None:
+    with pytest.raises(HikuiError, match="do not fit activations of"):
+        library(f"hikui_linear_{form}{kind}", *hostile_arguments(kind, form, weight, scale, k))
+
+
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+@pytest.mark.parametrize("size", [2**57, 2**58 + 1, 2**59, 2**60, 2**62, 2**63 - 1, -1, -(2**63)])
+def test_sizes_whose_products_wrap_are_refused(library: Library, kind: str, form: str, size: int) -> None:
+    symbol, tensors = f"hikui_linear_{form}{kind}", hostile_arguments(kind, form, (2, 32, 16, 4), (2, 1, 16), 128)
+    for argument, tensor in enumerate(tensors):
+        for axis in range(tensor.dim()):
+            call = Call(*tensors)
+            call.reshape(argument, axis, size)
+            with pytest.raises(HikuiError):
+                library.run(symbol, call)
+
+
+@pytest.mark.parametrize("size", [2**57, 2**59, 2**62, 2**63 - 1, -1, -(2**63)])
+def test_the_other_kernels_refuse_such_sizes_too(library: Library, size: int) -> None:
+    heads, past = torch.zeros(1, 2, 3, 8), torch.tensor([0])
+    cache, codes, scales = (
+        torch.zeros(1, 2, 4, 8),
+        torch.zeros(1, 2, 4, 8, dtype=torch.int8),
+        torch.zeros(1, 2, 4).half(),
+    )
+    x, q = torch.zeros(2, 128), torch.zeros(2, 128, dtype=torch.int8)
+    quantised = (q, torch.zeros(2), torch.zeros(2, 4, dtype=torch.int32))
+    calls: dict[str, tuple[Tensor | float, ...]] = {
+        "hikui_attention": (heads, heads, heads, cache, cache, past, 1.0, heads),
+        "hikui_attention_int8": (heads, heads, heads, codes, codes, scales, scales, past, 1.0, heads),
+        "hikui_cache_update_int8": (codes, scales, heads, past, cache),
+        "hikui_rotary": (heads, heads[0, 0], heads[0, 0], heads),
+        "hikui_quantize_activation": (x, *quantised),
+        "hikui_rms_norm_quantize": (x, torch.ones(128), 1e-5, x, *quantised),
+        "hikui_swiglu_quantize": (x, x, x, *quantised),
+        "hikui_linear_float32": (x, torch.zeros(1, 128, 16), torch.zeros(0), torch.zeros(2, 16)),
+    }
+    for symbol, arguments in calls.items():
+        library(symbol, *arguments)
+        for argument, tensor in enumerate(arguments):
+            for axis in range(tensor.dim() if isinstance(tensor, Tensor) else 0):
+                call = Call(*arguments)
+                call.reshape(argument, axis, size)
+                with pytest.raises(HikuiError):
+                    library.run(symbol, call)
 
 
 def test_mixed_takes_its_int4_columns_from_the_shapes(library: Library) -> None:

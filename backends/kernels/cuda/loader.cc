@@ -157,6 +157,24 @@ int integer_rows(int m) { return m <= 1 ? 1 : m <= 4 ? 4 : 8; }
 int float_rows(int m) { return m <= 1 ? 1 : 4; }
 int blocks(int size, int of) { return (size + of - 1) / of; }
 
+// Sizes are rounded up to tiles, at most by this much.
+constexpr int32_t kMostSize = INT32_MAX - 127;
+
+bool is_size(int32_t size) { return size >= 1 && size <= kMostSize; }
+
+// Nothing is divided by a number of a caller before it has been seen here.
+int check_matrix(const char* kind, const hikui_cuda_matrix& matrix) {
+  if (!kind) return fail("A product needs the name of its format.");
+  if (!is_size(matrix.n) || !is_size(matrix.columns) || !is_size(matrix.lines) || !is_size(matrix.groups))
+    return fail("A matrix of %d rows, %d columns, %d lines and %d groups is none.", matrix.n, matrix.columns,
+                matrix.lines, matrix.groups);
+  const int32_t group = matrix.columns / matrix.groups;
+  if (matrix.columns % matrix.groups || group % 32 || (matrix.groups > 1 && (group & (group - 1))))
+    return fail("%d columns do not fall into %d groups of a power of two, 32 at least.", matrix.columns, matrix.groups);
+  if (!matrix.weight || !matrix.scale) return fail("A matrix lacks the address of its weight or scale.");
+  return 0;
+}
+
 int group_shift(const hikui_cuda_matrix& matrix) {
   int shift = 0;
   if (matrix.groups == 1) return 31;
@@ -216,6 +234,8 @@ int hikui_cuda_synchronize(struct hikui_cuda* cuda) {
 
 int hikui_cuda_quantize_activation(struct hikui_cuda* cuda, hikui_cuda_address x, int32_t k, int bits,
                                    hikui_cuda_address step, struct hikui_cuda_activation out) {
+  if (!cuda || !x || !out.q || !out.scale || !out.sums) return fail("The quantiser lacks an address.");
+  if (!is_size(k) || !is_size(out.m)) return fail("%d rows of %d columns cannot be quantised.", out.m, k);
   if (bits != 8 && (bits != 4 || step)) return fail("Activations are quantised to 8 bits, or to 4 without a step.");
   if (out.columns != blocks(k, 128) * 128) return fail("%d columns are quantised to %d.", k, blocks(k, 128) * 128);
   const char* suffix = step ? "_static" : bits == 4 ? "_int4" : "";
@@ -230,6 +250,12 @@ int hikui_cuda_quantize_activation(struct hikui_cuda* cuda, hikui_cuda_address x
 int hikui_cuda_linear_a8(struct hikui_cuda* cuda, const char* kind, struct hikui_cuda_activation activation,
                          struct hikui_cuda_matrix matrix, hikui_cuda_address bias, struct hikui_cuda_branch branch,
                          hikui_cuda_address y) {
+  if (!cuda || !activation.q || !activation.scale || !activation.sums || !y) return fail("The product lacks an address.");
+  if (check_matrix(kind, matrix)) return 1;
+  if (!is_size(activation.m) || !is_size(activation.columns) || activation.columns % 128)
+    return fail("%d rows of %d columns are no quantised activation.", activation.m, activation.columns);
+  if (branch.rank < 0 || branch.rank > kMostSize || (branch.rank > 0 && (!branch.b || !branch.t)))
+    return fail("A branch of rank %d lacks an address, or is none.", branch.rank);
   if (activation.columns < matrix.columns) return fail("The activation is narrower than the matrix.");
   int rows = integer_rows(activation.m);
   char symbol[64];
@@ -244,6 +270,10 @@ int hikui_cuda_linear_a8(struct hikui_cuda* cuda, const char* kind, struct hikui
 
 int hikui_cuda_linear(struct hikui_cuda* cuda, const char* kind, const char* dtype, hikui_cuda_address x, int32_t m,
                       int32_t k, struct hikui_cuda_matrix matrix, hikui_cuda_address bias, hikui_cuda_address y) {
+  if (!cuda || !dtype || !x || !y) return fail("The product lacks an address or the type of its activations.");
+  if (check_matrix(kind, matrix)) return 1;
+  if (!is_size(m) || !is_size(k) || k > matrix.columns)
+    return fail("%d rows of %d columns do not fit a matrix of %d.", m, k, matrix.columns);
   int rows = float_rows(m);
   char symbol[64];
   snprintf(symbol, sizeof symbol, "hikui_linear_%s_%s_m%d", kind, dtype, rows);
@@ -256,6 +286,8 @@ int hikui_cuda_linear(struct hikui_cuda* cuda, const char* kind, const char* dty
 
 int hikui_cuda_linear_dense(struct hikui_cuda* cuda, const char* kind, hikui_cuda_address x, int32_t m, int32_t n,
                             int32_t k, hikui_cuda_address weight, hikui_cuda_address bias, hikui_cuda_address y) {
+  if (!cuda || !kind || !x || !weight || !y) return fail("The product lacks an address or the name of its format.");
+  if (!is_size(m) || !is_size(n) || !is_size(k)) return fail("A product of %d×%d by %d×%d is none.", m, k, k, n);
   int rows = float_rows(m);
   char symbol[64];
   snprintf(symbol, sizeof symbol, "hikui_linear_%s_m%d", kind, rows);

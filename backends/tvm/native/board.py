@@ -1,6 +1,7 @@
 """Runs the board's own program in a child process: natively, or under qemu-user for a foreign artefact."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -37,17 +38,21 @@ class Board:
         """The command that starts the artefact's runner.
 
         Raises:
-            HikuiError: the runner, the emulator or its libraries are missing.
+            HikuiError: the runner is missing or not executable, or the emulator or its libraries are missing.
         """
         program = directory / "bin" / self.triple / "hikui-run"
         if not program.is_file():
             raise HikuiError(f"{program} is missing; copy the artefact again.")
+        if not os.access(program, os.X_OK):
+            raise HikuiError(f"{program} is not executable; copy the artefact with its modes, or run `chmod +x` on it.")
         threads = [] if self.threads is None else ["--threads", str(self.threads)]
         return [*self._emulator(), str(program), str(directory), *threads]
 
     def _emulator(self) -> list[str]:
         if self.emulator_cpu is None:
             return []
+        if self.triple not in _EMULATORS:
+            raise HikuiError(f"There is no emulator for {self.triple}; run the artefact on a machine of its kind.")
         emulator, sysroot = shutil.which(_EMULATORS[self.triple]), _SYSROOT / self.triple
         if emulator is None:
             raise HikuiError(f"{_EMULATORS[self.triple]} is not installed; install Debian's package qemu-user.")
@@ -74,8 +79,10 @@ class BoardRun:
     logits: npt.NDArray[np.float32]
 
 
-def _reason(stderr: str) -> str:
+def _reason(stderr: str, status: int) -> str:
     lines = [line.removeprefix("hikui-run: ") for line in stderr.splitlines() if line.strip()]
+    if status < 0:
+        return f"it died of signal {-status}"
     return lines[-1].rstrip(".") if lines else "it died without a word"
 
 
@@ -90,9 +97,14 @@ def run_on_board(directory: Path, board: Board, tokens: Sequence[int], max_new_t
         prompt.write_text(",".join(map(str, tokens)))
         arguments = ["--tokens-file", prompt, "--max-new-tokens", max_new_tokens, "--dump-logits", dump, "--json"]
         command = [*board.command(directory), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, check=False)
+        except OSError as error:
+            raise HikuiError(f"{command[0]} cannot be started: {error.strerror}.") from None
         if done.returncode:
-            raise HikuiError(f"The board's runner failed: {_reason(done.stderr.decode(errors='replace'))}.")
+            raise HikuiError(
+                f"The board's runner failed: {_reason(done.stderr.decode(errors='replace'), done.returncode)}."
+            )
         result = json.loads(done.stdout)
         logits = np.fromfile(dump, np.float32)
     return BoardRun(**result, logits=logits.reshape(-1, read_index(directory).vocabulary))
@@ -113,10 +125,13 @@ class BoardRunner:
         index = read_index(directory)
         self.context_length = index.context_length
         self.vocabulary = index.vocabulary
-        self._process = subprocess.Popen(
-            [*board.command(directory), "--serve"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        command = [*board.command(directory), "--serve"]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise HikuiError(f"{command[0]} cannot be started: {error.strerror}.") from None
 
     @property
     def pid(self) -> int:
@@ -147,7 +162,8 @@ class BoardRunner:
 
     def _fail(self) -> None:
         _, stderr = self._process.communicate()
-        raise HikuiError(f"The board's runner failed: {_reason(stderr.decode(errors='replace'))}.")
+        reason = _reason(stderr.decode(errors="replace"), self._process.returncode)
+        raise HikuiError(f"The board's runner failed: {reason}.")
 
     def close(self) -> None:
         """Ends the program."""

@@ -105,7 +105,7 @@ inline bool DataType(const char* name, DLDataType* type) {
 }
 
 // Wraps memory that outlives the tensor.
-inline void WrapTensor(const void* data, DLDataType type, const int64_t* shape, int rank, Value* tensor) {
+inline void WrapTensor(const void* data, DLDataType type, const int64_t* shape, int64_t rank, Value* tensor) {
   struct Managed {
     DLManagedTensor tensor;
     int64_t shape[kMaxRank];
@@ -114,7 +114,7 @@ inline void WrapTensor(const void* data, DLDataType type, const int64_t* shape, 
   Managed* managed = static_cast<Managed*>(calloc(1, sizeof(Managed)));
   if (managed == nullptr) Stop(kFailure, "out of memory");
   int64_t stride = 1;
-  for (int axis = rank - 1; axis >= 0; --axis) {
+  for (int64_t axis = rank - 1; axis >= 0; --axis) {
     managed->shape[axis] = shape[axis];
     managed->strides[axis] = stride;
     stride *= shape[axis];
@@ -122,7 +122,7 @@ inline void WrapTensor(const void* data, DLDataType type, const int64_t* shape, 
   DLTensor& view = managed->tensor.dl_tensor;
   view.data = const_cast<void*>(data);
   view.device = {kDLCPU, 0};
-  view.ndim = rank;
+  view.ndim = static_cast<int>(rank);
   view.dtype = type;
   view.shape = managed->shape;
   view.strides = managed->strides;
@@ -140,11 +140,11 @@ class Engine {
     index_ = &index;
     Path parameters(directory, "model.params");
     weights_file_.Require(parameters.c_str());
-    if (weights_file_.size != index.parameters) {
-      Stop(kFailure, "%s has %zu bytes, but model.index says %llu; copy the artefact again", parameters.c_str(),
-           weights_file_.size, static_cast<unsigned long long>(index.parameters));
+    if (weights_file_.size != static_cast<uint64_t>(index.parameters)) {
+      Stop(kFailure, "%s has %zu bytes, but model.index says %lld; copy the artefact again", parameters.c_str(),
+           weights_file_.size, static_cast<long long>(index.parameters));
     }
-    MapWeights(parameters.c_str());
+    MapWeights();
     NewCaches();
     Path library(directory, "model.so");
     Value module, load, machine, initialise, ignored;
@@ -159,7 +159,8 @@ class Engine {
     GetFunction(machine, "main", &main_);
   }
 
-  // Runs tokens after the `past` ones in the cache. The logits, [count, vocabulary], stay valid until the next step.
+  // Runs tokens after the `past` ones in the cache. The logits, [count, vocabulary], stay valid until the next step. The
+  // embedding clips its ids, so that tokens which only a wrong index lets through come as far as its contradiction below.
   const float* Step(const int64_t* tokens, int64_t count, int64_t past) {
     for (int64_t at = 0; at < count; ++at) {
       if (tokens[at] < 0 || tokens[at] >= index_->vocabulary) {
@@ -175,22 +176,37 @@ class Engine {
     arguments_[0] = tokens_tensor.any();
     arguments_[1] = past_tensor.any();
     Call("running the model", main_.object(), arguments_.data(), arguments_.size(), &logits_);
+    if (logits_.any().type_index != kTVMFFITensor) Stop(kFailure, "the model's library gives something that is no tensor");
     const DLTensor* logits = TVMFFITensorGetDLTensorPtr(logits_.object());
+    CheckLogits(*logits, count);
     return reinterpret_cast<const float*>(static_cast<const char*>(logits->data) + logits->byte_offset);
   }
 
  private:
-  void MapWeights(const char* path) {
+  // That the library computes what the index says: whoever reads the logits takes their size from the index.
+  void CheckLogits(const DLTensor& logits, int64_t count) const {
+    const bool floats = logits.device.device_type == kDLCPU && logits.dtype.code == kDLFloat && logits.dtype.bits == 32 &&
+                        logits.dtype.lanes == 1;
+    if (!floats || logits.ndim != 3 || logits.shape[0] != 1) {
+      Stop(kFailure, "the model's library gives something that is no logits; copy the artefact again");
+    }
+    if (logits.shape[1] != count || logits.shape[2] != index_->vocabulary) {
+      Stop(kFailure, "the model gives %lld×%lld logits for %lld tokens, but model.index says a vocabulary of %lld; copy the "
+           "artefact again", static_cast<long long>(logits.shape[1]), static_cast<long long>(logits.shape[2]),
+           static_cast<long long>(count), static_cast<long long>(index_->vocabulary));
+    }
+    const int64_t* strides = logits.strides;
+    if (strides != nullptr && (strides[2] != 1 || (count > 1 && strides[1] != index_->vocabulary))) {
+      Stop(kFailure, "the model's library gives logits that do not follow each other; copy the artefact again");
+    }
+  }
+
+  // The index has been checked: every tensor lies inside the file.
+  void MapWeights() {
     Array<TVMFFIAny> tensors;
     for (const Weight& weight : index_->weights) {
       DLDataType type;
       if (!DataType(weight.dtype, &type)) Stop(kFailure, "model.index names the unknown type %s", weight.dtype);
-      uint64_t bytes = type.bits / 8;
-      for (int axis = 0; axis < weight.rank; ++axis) bytes *= static_cast<uint64_t>(weight.shape[axis]);
-      if (bytes != weight.bytes || weight.offset % 64 != 0 || weight.offset > weights_file_.size ||
-          weight.bytes > weights_file_.size - weight.offset) {
-        Stop(kFailure, "model.index and %s do not belong together; copy the artefact again", path);
-      }
       Value tensor;
       WrapTensor(weights_file_.data + weight.offset, type, weight.shape, weight.rank, &tensor);
       TVMFFIObjectIncRef(tensor.object());

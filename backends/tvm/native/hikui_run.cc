@@ -4,117 +4,22 @@
 
 #include <dlfcn.h>
 #include <sched.h>
+#include <signal.h>
 #include <time.h>
 
 #include "engine.h"
 #include "features.h"
 #include "index.h"
+#include "options.h"
 #include "support.h"
 #include "text.h"
 
 namespace hikui {
 
-constexpr char kHelp[] =
-    "usage: hikui-run DIR (--tokens 1,2,3 | --tokens-file FILE | --serve) [options]\n"
-    "\n"
-    "Runs the model in DIR and prints what it writes.\n"
-    "\n"
-    "  --tokens IDS           the prompt's token ids, separated by commas\n"
-    "  --tokens-file FILE     the same, from a file; commas and white space separate\n"
-    "  --max-new-tokens N     how many tokens to write at most (64)\n"
-    "  --chunk N              how many tokens of the prompt to run at once (64)\n"
-    "  --threads N            how many threads to use (all cores)\n"
-    "  --json                 print tokens, text and times as JSON\n"
-    "  --dump-logits FILE     write the logits that chose each token, float32\n"
-    "  --verbose              say what is done, on stderr\n"
-    "  --serve                answer requests on stdin: int64 past, int64 T, T int64 token ids; the answer on stdout is\n"
-    "                         the T rows of logits, float32\n";
-
-struct Options {
-  const char* directory = nullptr;
-  const char* tokens = nullptr;
-  const char* tokens_file = nullptr;
-  const char* dump_logits = nullptr;
-  int64_t max_new_tokens = 64;
-  int64_t chunk = 64;
-  int64_t threads = 0;
-  bool json = false;
-  bool serve = false;
-  bool verbose = false;
-};
-
 double Now() {
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);
   return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
-}
-
-int64_t Positive(const char* option, const char* text) {
-  char* end = nullptr;
-  errno = 0;
-  long long number = strtoll(text, &end, 10);
-  if (*text == '\0' || *end != '\0' || errno != 0 || number < 1) {
-    Stop(kUsage, "%s takes a whole number from 1 on, not '%s'", option, text);
-  }
-  return number;
-}
-
-Options Parse(int count, char** words) {
-  Options options;
-  for (int at = 1; at < count; ++at) {
-    const char* word = words[at];
-    auto value = [&]() -> const char* {
-      if (at + 1 >= count) Stop(kUsage, "%s takes a value", word);
-      return words[++at];
-    };
-    if (strcmp(word, "--help") == 0 || strcmp(word, "-h") == 0) {
-      fputs(kHelp, stdout);
-      exit(0);
-    } else if (strcmp(word, "--tokens") == 0) {
-      options.tokens = value();
-    } else if (strcmp(word, "--tokens-file") == 0) {
-      options.tokens_file = value();
-    } else if (strcmp(word, "--dump-logits") == 0) {
-      options.dump_logits = value();
-    } else if (strcmp(word, "--max-new-tokens") == 0) {
-      options.max_new_tokens = Positive(word, value());
-    } else if (strcmp(word, "--chunk") == 0) {
-      options.chunk = Positive(word, value());
-    } else if (strcmp(word, "--threads") == 0) {
-      options.threads = Positive(word, value());
-    } else if (strcmp(word, "--json") == 0) {
-      options.json = true;
-    } else if (strcmp(word, "--serve") == 0) {
-      options.serve = true;
-    } else if (strcmp(word, "--verbose") == 0) {
-      options.verbose = true;
-    } else if (word[0] == '-') {
-      Stop(kUsage, "there is no option %s; --help lists them", word);
-    } else if (options.directory != nullptr) {
-      Stop(kUsage, "one artefact at a time: %s and %s were given", options.directory, word);
-    } else {
-      options.directory = word;
-    }
-  }
-  if (options.directory == nullptr) Stop(kUsage, "name the artefact's directory; --help says more");
-  if ((options.tokens != nullptr) + (options.tokens_file != nullptr) + options.serve != 1) {
-    Stop(kUsage, "give exactly one of --tokens, --tokens-file and --serve");
-  }
-  return options;
-}
-
-void ParseTokens(const char* text, const char* end, Array<int64_t>* tokens) {
-  while (text < end) {
-    if (*text == ',' || *text == ' ' || *text == '\n' || *text == '\t' || *text == '\r') {
-      ++text;
-      continue;
-    }
-    int64_t token = 0;
-    const char* start = text;
-    for (; text < end && *text >= '0' && *text <= '9' && text - start < 10; ++text) token = 10 * token + (*text - '0');
-    if (text == start) Stop(kUsage, "'%c' is not part of a list of token ids", *text);
-    tokens->Add(token);
-  }
 }
 
 void ReadPrompt(const Options& options, const Index& index, Array<int64_t>* tokens) {
@@ -138,6 +43,11 @@ void CheckCpu(const Index& index) {
       Stop(kFailure, "this CPU lacks %s, which the model was lowered for; lower it for another --target", feature.text);
     }
   }
+}
+
+// What is written to a full disk or a closed pipe is lost, and whoever waits for it must not be told that all is well.
+void Flush() {
+  if (fflush(stdout) != 0 || ferror(stdout)) Stop(kFailure, "the output cannot be written: %s", strerror(errno));
 }
 
 // The first of the largest, as the reference chooses.
@@ -207,7 +117,7 @@ void Generate(const Options& options, const Index& index, const TokenTexts& text
     written.Add(token);
     if (!options.json && texts.present()) {
       fwrite(text.data() + before, 1, text.size() - before, stdout);
-      fflush(stdout);
+      Flush();
     } else if (!options.json) {
       printf("%s%lld", written.size() == 1 ? "" : ",", static_cast<long long>(token));
     }
@@ -221,19 +131,24 @@ void Generate(const Options& options, const Index& index, const TokenTexts& text
   } else {
     putchar('\n');
   }
+  Flush();
   if (options.verbose) fprintf(stderr, "hikui-run: first token after %.3f s, then %.1f tokens/s\n", first - start, rate);
 }
 
 void Serve(const Index& index, Engine* engine) {
   Array<int64_t> tokens;
-  while (tokens.size() < static_cast<size_t>(index.context)) tokens.Add(0);
   int64_t request[2];
-  while (fread(request, sizeof(request), 1, stdin) == 1) {
+  while (true) {
+    size_t read = fread(request, 1, sizeof(request), stdin);
+    if (ferror(stdin)) Stop(kFailure, "the requests cannot be read: %s", strerror(errno));
+    if (read == 0) return;
+    if (read < sizeof(request)) Stop(kFailure, "the request ends in its %zu bytes of head", sizeof(request));
     int64_t past = request[0], count = request[1];
-    if (past < 0 || count < 1 || count > index.context - past) {
+    if (past < 0 || count < 1 || past > index.context || count > index.context - past) {
       Stop(kFailure, "%lld tokens after %lld do not fit the cache of %lld", static_cast<long long>(count),
            static_cast<long long>(past), static_cast<long long>(index.context));
     }
+    tokens.Zeros(static_cast<size_t>(count));
     if (fread(tokens.data(), sizeof(int64_t), static_cast<size_t>(count), stdin) != static_cast<size_t>(count)) {
       Stop(kFailure, "the request ends before its tokens");
     }
@@ -284,22 +199,46 @@ void SayKernels(const Options& options) {
   }
 }
 
+// A closed standard stream would be taken by the next file that is opened, and what is printed would go there.
+void HoldStandardStreams() {
+  // A reader that has gone is an error of writing like any other, not a signal.
+  signal(SIGPIPE, SIG_IGN);
+  const bool writable = fcntl(STDOUT_FILENO, F_GETFD) >= 0;
+  for (int stream = open("/dev/null", O_RDWR); stream >= 0; stream = dup(stream)) {
+    if (stream <= STDERR_FILENO) continue;
+    close(stream);
+    break;
+  }
+  if (!writable) Stop(kFailure, "the standard output is closed");
+}
+
 int Main(int count, char** words) {
-  Options options = Parse(count, words);
+  HoldStandardStreams();
+  Options options = ParseOptions(count, words);
+  if (options.help) {
+    fputs(kHelp, stdout);
+    Flush();
+    _exit(0);
+  }
   Index index;
   index.Read(Path(options.directory, "model.index").c_str());
+  if (strcmp(index.triple, kTriple) != 0) {
+    Stop(kFailure, "model.index is of a model for %s, but this runner is for %s; copy the artefact again", index.triple,
+         kTriple);
+  }
   CheckCpu(index);
   char threads[24];
   snprintf(threads, sizeof(threads), "%lld", static_cast<long long>(options.threads > 0 ? options.threads : Cores()));
+  if (const char* wanted = getenv("TVM_NUM_THREADS")) Threads("TVM_NUM_THREADS", wanted);
   setenv("TVM_NUM_THREADS", threads, options.threads > 0);
   TokenTexts texts;
-  texts.Open(Path(options.directory, "model.tokens").c_str());
+  texts.Open(Path(options.directory, "model.tokens").c_str(), index.vocabulary);
   double start = Now();
   Engine engine;
   engine.Load(options.directory, index);
   if (options.verbose) {
-    fprintf(stderr, "hikui-run: loaded %zu weights, %llu bytes, in %.3f s\n", index.weights.size(),
-            static_cast<unsigned long long>(index.parameters), Now() - start);
+    fprintf(stderr, "hikui-run: loaded %zu weights, %lld bytes, in %.3f s\n", index.weights.size(),
+            static_cast<long long>(index.parameters), Now() - start);
     SayKernels(options);
   }
   if (options.serve) {
@@ -307,7 +246,7 @@ int Main(int count, char** words) {
   } else {
     Generate(options, index, texts, &engine);
   }
-  fflush(stdout);
+  Flush();
   // The virtual machine and its threads need no farewell.
   _exit(0);
 }

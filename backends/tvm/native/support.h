@@ -19,6 +19,11 @@ namespace hikui {
 constexpr int kFailure = 1;
 constexpr int kUsage = 2;
 
+// How `Stop` leaves; what drives these headers by itself, such as a fuzz target, comes back instead.
+#ifndef HIKUI_LEAVE
+#define HIKUI_LEAVE(code) _exit(code)
+#endif
+
 // Ends the program with one sentence.
 [[noreturn]] __attribute__((format(printf, 2, 3))) inline void Stop(int code, const char* format, ...) {
   fflush(stdout);
@@ -28,7 +33,7 @@ constexpr int kUsage = 2;
   vfprintf(stderr, format, arguments);
   va_end(arguments);
   fputc('\n', stderr);
-  _exit(code);
+  HIKUI_LEAVE(code);
 }
 
 // A growable array of plain values.
@@ -41,12 +46,14 @@ class Array {
   ~Array() { free(data_); }
 
   void Add(const T& value) {
-    if (size_ == capacity_) {
-      capacity_ = capacity_ == 0 ? 16 : 2 * capacity_;
-      data_ = static_cast<T*>(realloc(static_cast<void*>(data_), capacity_ * sizeof(T)));
-      if (data_ == nullptr) Stop(kFailure, "out of memory");
-    }
+    if (size_ == capacity_) Grow(capacity_ == 0 ? 16 : 2 * capacity_);
     data_[size_++] = value;
+  }
+  // So many values, all zero.
+  void Zeros(size_t count) {
+    if (count > capacity_) Grow(count);
+    if (count > 0) memset(static_cast<void*>(data_), 0, count * sizeof(T));
+    size_ = count;
   }
   T* data() { return data_; }
   const T* data() const { return data_; }
@@ -59,6 +66,12 @@ class Array {
   const T* end() const { return data_ + size_; }
 
  private:
+  void Grow(size_t capacity) {
+    void* grown = reallocarray(static_cast<void*>(data_), capacity, sizeof(T));
+    if (grown == nullptr) Stop(kFailure, "out of memory");
+    data_ = static_cast<T*>(grown);
+    capacity_ = capacity;
+  }
   T* data_ = nullptr;
   size_t size_ = 0;
   size_t capacity_ = 0;
@@ -76,6 +89,20 @@ class Path {
  private:
   char text_[4096];
 };
+
+// A whole number as files and options write it: digits alone, no zero ahead, at most `most`.
+inline bool ReadNumber(const char* text, size_t size, int64_t most, int64_t* number) {
+  if (size == 0 || (size > 1 && text[0] == '0')) return false;
+  int64_t value = 0;
+  for (size_t at = 0; at < size; ++at) {
+    if (text[at] < '0' || text[at] > '9' || __builtin_mul_overflow(value, int64_t{10}, &value) ||
+        __builtin_add_overflow(value, int64_t{text[at] - '0'}, &value) || value > most) {
+      return false;
+    }
+  }
+  *number = value;
+  return true;
+}
 
 // A file mapped read-only. The mapping lives as long as the program.
 struct MappedFile {

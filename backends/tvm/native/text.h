@@ -8,18 +8,27 @@ namespace hikui {
 class TokenTexts {
  public:
   // A model without a tokenizer has no such file; its tokens then print as nothing.
-  void Open(const char* path) {
-    if (!file_.Open(path)) return;
-    if (file_.size < 12 || memcmp(file_.data, "HKTK", 4) != 0) Stop(kFailure, "%s is damaged; copy the artefact again", path);
-    memcpy(&count_, file_.data + 4, 4);
+  void Open(const char* path, int64_t vocabulary) {
+    MappedFile file;
+    if (file.Open(path)) Parse(path, file.data, file.size, vocabulary);
+  }
+
+  // Takes the bytes of `path`, which must outlive this.
+  void Parse(const char* path, const char* data, size_t size, int64_t vocabulary) {
+    if (size < 12 || memcmp(data, "HKTK", 4) != 0) Stop(kFailure, "%s is damaged; copy the artefact again", path);
+    data_ = data;
+    memcpy(&count_, data + 4, 4);
     uint64_t bytes = 8 + 4 * (static_cast<uint64_t>(count_) + 1);
-    if (bytes > file_.size || bytes + Offset(count_) != file_.size) {
-      Stop(kFailure, "%s is cut short; copy the artefact again", path);
+    if (bytes > size || bytes + Offset(count_) != size) Stop(kFailure, "%s is cut short; copy the artefact again", path);
+    if (count_ != vocabulary) {
+      Stop(kFailure, "%s has %u tokens, but model.index says a vocabulary of %lld; copy the artefact again", path, count_,
+           static_cast<long long>(vocabulary));
     }
+    if (Offset(0) != 0) Stop(kFailure, "%s is damaged; copy the artefact again", path);
     for (uint32_t token = 0; token < count_; ++token) {
       if (Offset(token) > Offset(token + 1)) Stop(kFailure, "%s is damaged; copy the artefact again", path);
     }
-    bytes_ = file_.data + bytes;
+    bytes_ = data + bytes;
   }
   bool present() const { return bytes_ != nullptr; }
 
@@ -31,10 +40,10 @@ class TokenTexts {
  private:
   uint32_t Offset(int64_t token) const {
     uint32_t offset;
-    memcpy(&offset, file_.data + 8 + 4 * token, 4);
+    memcpy(&offset, data_ + 8 + 4 * token, 4);
     return offset;
   }
-  MappedFile file_;
+  const char* data_ = nullptr;
   uint32_t count_ = 0;
   const char* bytes_ = nullptr;
 };

@@ -48,13 +48,16 @@ def run(
 
 
 def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emulate: options.Emulate = False) -> None:
-    """Check an artefact: files, libraries, this machine's features, and the numbers that it gives."""
-    from hikui.lowering.app.runners import is_foreign, open_runner
+    """Check an artefact: files, libraries, this machine's features, and the numbers that it and its own runner give.
+
+    That proves that the folder is whole and computes what the lowered graph says; it does not prove who made it.
+    """
+    from hikui.lowering.app.runners import is_foreign, open_board_runner, open_runner
     from hikui.lowering.artefact import verify as checks
     from hikui.lowering.artefact.manifest import Artefact
 
     artefact = Artefact.load(directory)
-    done = [checks.check_files(artefact), checks.check_libraries(artefact)]
+    done = [checks.check_files(artefact), checks.check_modes(artefact), checks.check_libraries(artefact)]
     if is_foreign(artefact) and not emulate:
         triple = artefact.manifest.target.triple
         done.append(
@@ -62,11 +65,15 @@ def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emu
         )
     else:
         done.append(checks.check_numbers(artefact, lambda: open_runner(artefact, emulate=emulate)))
+        # A foreign artefact has just been run by its own runner, under qemu-user.
+        if not is_foreign(artefact):
+            done.append(checks.check_numbers(artefact, lambda: open_board_runner(artefact), "runner"))
     if as_json:
         emit([{"check": check.name, "passed": check.passed, "detail": check.detail} for check in done])
         return
     for check in done:
         typer.echo(f"{'--' if check.passed is None else 'ok'}  {check.name:<10} {check.detail}")
+    typer.echo("This says that the folder is whole and what it computes, not who made it.")
 
 
 def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) -> None:

@@ -239,6 +239,8 @@ def test_verify_says_what_it_checked_and_fails_on_damage(hikui_command: Command,
         "files": True,
         "libraries": True,
         "numbers": True,
+        "modes": True,
+        "runner": True,
     }
     (artefact.directory / "report.html").write_bytes(b"x" * artefact.manifest.files["report.html"].bytes)
     status, out, err = hikui_command("verify", artefact.directory)

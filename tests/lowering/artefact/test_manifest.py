@@ -180,3 +180,20 @@ def test_the_reference_is_what_the_interpreter_gives(artefact: Artefact) -> None
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(HikuiError, match=f"{REFERENCE} is damaged"):
         artefact.reference()
+
+
+@pytest.mark.parametrize(
+    ("entry", "field", "value"),
+    [
+        ("model", "vocabulary", 4096),
+        ("model", "context_length", 7),
+        ("model", "eos_token_ids", [0]),
+        ("model", "layers", 9),
+    ],
+)
+def test_a_manifest_that_the_models_files_contradict_is_refused(
+    artefact: Artefact, entry: str, field: str, value: object
+) -> None:
+    edit(artefact, lambda content: content[entry].update({field: value}))
+    with pytest.raises(HikuiError, match=rf"says '{entry}\.{field}' is .*, but the model's own files say"):
+        open_runner(Artefact.load(artefact.directory))
