@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hikui import __version__
+from hikui.lowering.app.outliers import OutlierWatch
 from hikui.lowering.artefact import manifest as artefacts
 from hikui.lowering.artefact import report, text
 from hikui.lowering.artefact.arithmetic import arithmetic
@@ -22,7 +23,7 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE
 from hikui.lowering.ir import dialect, sizes
 from hikui.lowering.ir.finite import require_finite_logits
-from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.lowering.ir.interpreter import Observer, ReferenceRunner
 from hikui.lowering.ir.program import ModelConfig, Program
 from hikui.lowering.ir.store import FileTensor
 from hikui.lowering.memory import give_back
@@ -41,6 +42,9 @@ _TOOLS = (
 )  # fmt: skip
 _ROOM = 64_000_000
 """Bytes that libraries, tokenizer and the compilers' temporary files may take beside the weights."""
+
+_EVENING = ("smooth", "awq", "rotate")
+"""Passes that make columns of activations more alike."""
 
 _LOST_ROWS = 0.5
 """Share of a cache's rows without a scale from which on it is refused: single tokens may well have no values."""
@@ -86,7 +90,7 @@ class Prepared:
 def assemble(
     directory: Path, prepared: Prepared, target: Target, backend: "Backend", progress: Progress
 ) -> tuple[str, ...]:
-    """Fills an empty folder; the manifest comes last. Gives what the backend has to say of it.
+    """Fills an empty folder; the manifest comes last. Gives what backend and numbers have to say of it.
 
     Raises:
         HikuiError: there is too little room, or the backend cannot build the program.
@@ -97,9 +101,12 @@ def assemble(
     built = backend.build(program, target, directory, progress)
     progress("reference numbers", 0, 1)
     give_back()
-    reference_numbers(program).save(directory / artefacts.REFERENCE)
+    watch = OutlierWatch()
+    reference_numbers(program, watch).save(directory / artefacts.REFERENCE)
     give_back()
     progress("reference numbers", 1, 1)
+    outliers = watch.sentence(any(step.name in _EVENING for step in prepared.passes))
+    notices = (*built.notices, *(() if outliers is None else (outliers,)))
     if program.tokenizer is not None:
         text.copy_tokenizer(program.tokenizer, directory / artefacts.TOKENIZER)
     (directory / artefacts.RECIPE).write_text(prepared.resolved, "utf-8")
@@ -114,7 +121,7 @@ def assemble(
     }
     report.write(
         directory, title=f"{name}, {chosen.name}", summary=summary, sizes=taken, sites=sites, steps=prepared.records,
-        notices=(*prepared.notices, *built.notices),
+        notices=(*prepared.notices, *notices),
     )  # fmt: skip
     progress("hashes", 0, 1)
     files = artefacts.inventory(directory)
@@ -173,7 +180,7 @@ def assemble(
     )
     (directory / artefacts.MANIFEST).write_text(manifest.to_json(), "utf-8")
     progress("hashes", 1, 1)
-    return built.notices
+    return notices
 
 
 def require_room(directory: Path, weights: int) -> None:
@@ -191,7 +198,7 @@ def require_room(directory: Path, weights: int) -> None:
             )
 
 
-def reference_numbers(program: Program) -> artefacts.Reference:
+def reference_numbers(program: Program, observe: Observer | None = None) -> artefacts.Reference:
     """What the lowered program gives in the interpreter for the start of a fixed sentence.
 
     Raises HikuiError where they are not finite.
@@ -206,7 +213,7 @@ def reference_numbers(program: Program) -> artefacts.Reference:
     if program.tokenizer is not None:
         known = text.TextCodec(program.tokenizer).encode_prompt(_REFERENCE_TEXT)[:count]
         tokens[: len(known)] = known
-    runner = ReferenceRunner(program, keep_weights=False)
+    runner = ReferenceRunner(program, keep_weights=False, observe=observe)
     rows = [runner.forward(tokens[:prompt], 0)]
     rows += [runner.forward(tokens[at : at + 1], at) for at in range(prompt, count)]
     logits = np.concatenate(rows)

@@ -115,8 +115,8 @@ class Interpreter:
 class ReferenceRunner:
     """The interpreter behind the interface of a runner: the cache stays inside."""
 
-    def __init__(self, program: Program, *, keep_weights: bool = True) -> None:
-        self._interpreter = Interpreter(program, keep_weights=keep_weights)
+    def __init__(self, program: Program, *, keep_weights: bool = True, observe: Observer | None = None) -> None:
+        self._interpreter = Interpreter(program, keep_weights=keep_weights, observe=observe)
         self.context_length = program.config.context_length
         self._caches = self._interpreter.new_caches()
 
