@@ -55,7 +55,8 @@ def _arguments(symbol: str) -> tuple[Argument, ...]:
 
 def _changed(argument: Argument, draw: random.Random) -> Argument:
     if not isinstance(argument, Tensor):
-        return draw.choice([0.0, -1.0, float("nan"), float("inf"), 3, torch.ones(1)])
+        others: list[Argument] = [0.0, -1.0, float("nan"), float("inf"), 3, torch.ones(1)]
+        return draw.choice(others)
     shape = list(argument.shape)
     how = draw.randrange(5)
     if how == 0 and shape:
