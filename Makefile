@@ -7,7 +7,7 @@ PYTEST_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm schema clean
+.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm fuzz schema clean
 
 install: $(INSTALLED)
 
@@ -49,6 +49,10 @@ bench-arm: $(INSTALLED)
 # One thread, x86: at most three minutes; writes benchmarks/results/quick.json.
 bench-quick: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels.quick
+
+# Two million mutated files for the board runner's readers under the sanitisers; writes benchmarks/results/fuzz.json.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz.runner_files
 
 # What editors check recipes against; a test holds it to the passes.
 schema: $(INSTALLED)
