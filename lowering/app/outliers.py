@@ -52,7 +52,7 @@ class OutlierWatch:
         Args:
             has_remedy: a pass that evens columns out has run already.
         """
-        found = {}
+        found: dict[str, float] = {}
         for node, shares in self._shares.items():
             median = float(torch.cat(shares).median())
             if median > OUTLIER_SHARE:
