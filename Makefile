@@ -50,9 +50,11 @@ bench-arm: $(INSTALLED)
 bench-quick: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels.quick
 
-# Two million mutated files for the board runner's readers under the sanitisers; writes benchmarks/results/fuzz.json.
+# Two million mutated files for the board runner's readers under the sanitisers; writes benchmarks/results/fuzz.json; then
+# twenty times the tests of the readers in Python and of ONNX nodes.
 fuzz: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.runner_files
+	HIKUI_FUZZ_FACTOR=20 $(BIN)/python -m pytest -n 2 -q tests/fuzz
 
 # What editors check recipes against; a test holds it to the passes.
 schema: $(INSTALLED)
