@@ -23,6 +23,7 @@ from hikui.lowering.ir.cache_shape import FLOAT_CACHE
 from hikui.lowering.json_text import DuplicateKeyError, parse_json
 
 MANIFEST = "manifest.json"
+SIGNATURE = f"{MANIFEST}.minisig"
 RECIPE = "recipe.resolved.yaml"
 REFERENCE = "reference.safetensors"
 TOKENIZER = "tokenizer"
@@ -291,7 +292,7 @@ def sha256(path: Path) -> str:
 
 
 def inventory(directory: Path) -> dict[str, FileEntry]:
-    """Every file under a folder but the manifest, with forward slashes, sorted.
+    """Every file under a folder but the manifest and its signature, with forward slashes, sorted.
 
     Raises:
         HikuiError: a link, or something else that is not a file.
@@ -301,7 +302,7 @@ def inventory(directory: Path) -> dict[str, FileEntry]:
         name = path.relative_to(directory).as_posix()
         if path.is_symlink() or not path.is_file():
             raise HikuiError(f"{path} is not a plain file; an artefact holds plain files only.")
-        if name != MANIFEST:
+        if name not in (MANIFEST, SIGNATURE):
             entries[name] = FileEntry(bytes=path.stat().st_size, sha256=sha256(path))
     return entries
 

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from hikui.lowering.artefact import target as targets
 from hikui.lowering.artefact.elf import is_elf, read_elf, version
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.manifest import MANIFEST, REFERENCE_TOLERANCE, Artefact, Reference, inventory
+from hikui.lowering.artefact.signature import signer_comment
 from hikui.lowering.errors import HikuiError
 
 TOLERANCE = 1e-3
@@ -54,6 +56,16 @@ def check_files(artefact: Artefact) -> Check:
         if path not in holding:
             raise HikuiError(f"{path} is a folder that holds no file of the artefact; remove it.")
     return Check("files", True, f"{len(due)} files as the manifest lists them")
+
+
+def check_signature(artefact: Artefact, public_key: Path) -> Check:
+    """The manifest is signed with a key.
+
+    Raises:
+        UsageError: the key cannot be read.
+        HikuiError: it is not signed, or not with this key.
+    """
+    return Check("signature", True, f"by the owner of {public_key}: {signer_comment(artefact.directory, public_key)}")
 
 
 def check_modes(artefact: Artefact) -> Check:

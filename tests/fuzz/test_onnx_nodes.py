@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.backends.test_onnxruntime_ops import run, single
+from tests.backends.onnxruntime_support import run
+from tests.backends.test_onnxruntime_ops import single
 
 from .factor import FACTOR
 

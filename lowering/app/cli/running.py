@@ -1,6 +1,7 @@
 """`hikui run`, `hikui verify` and `hikui inspect`: what is done with an artefact."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,17 +48,26 @@ def run(
     typer.echo(prompt + text)
 
 
-def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emulate: options.Emulate = False) -> None:
+def verify(
+    directory: options.ArtefactFolder,
+    as_json: options.Json = False,
+    emulate: options.Emulate = False,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Public key of minisign that the manifest must be signed with.")
+    ] = None,
+) -> None:
     """Check an artefact: files, libraries, this machine's features, and the numbers that it and its own runner give.
 
-    That proves that the folder is whole and computes what the lowered graph says; it does not prove who made it.
+    That proves that the folder is whole and computes what the lowered graph says. Who made it only a signature proves,
+    which `minisign -Sm DIR/manifest.json` makes.
     """
     from hikui.lowering.app.runners import is_foreign, open_board_runner, open_runner
     from hikui.lowering.artefact import verify as checks
     from hikui.lowering.artefact.manifest import Artefact
 
     artefact = Artefact.load(directory)
-    done = [checks.check_files(artefact), checks.check_modes(artefact), checks.check_libraries(artefact)]
+    signed = [] if public_key is None else [checks.check_signature(artefact, public_key)]
+    done = [*signed, checks.check_files(artefact), checks.check_modes(artefact), checks.check_libraries(artefact)]
     if is_foreign(artefact) and not emulate:
         triple = artefact.manifest.target.triple
         done.append(
@@ -73,7 +83,8 @@ def verify(directory: options.ArtefactFolder, as_json: options.Json = False, emu
         return
     for check in done:
         typer.echo(f"{'--' if check.passed is None else 'ok'}  {check.name:<10} {check.detail}")
-    typer.echo("This says that the folder is whole and what it computes, not who made it.")
+    if public_key is None:
+        typer.echo("This says that the folder is whole and what it computes, not who made it.")
 
 
 def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) -> None:
