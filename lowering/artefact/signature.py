@@ -44,4 +44,4 @@ def signer_comment(directory: Path, public_key: Path) -> str:
             f"{path} is no signature of this manifest by the owner of {public_key} ({error}); get the artefact again "
             "from its maker."
         ) from None
-    return signature.trusted_comment
+    return str(signature.trusted_comment)
