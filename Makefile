@@ -7,7 +7,7 @@ PYTEST_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm schema clean
+.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm schema refusals clean
 
 install: $(INSTALLED)
 
@@ -53,6 +53,9 @@ bench-quick: $(INSTALLED)
 # What editors check recipes against; a test holds it to the passes.
 schema: $(INSTALLED)
 	$(BIN)/hikui passes --schema > docs/recipe.schema.json
+
+refusals: $(INSTALLED)
+	$(BIN)/python scripts/refusals.py
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis
