@@ -23,8 +23,8 @@ _FEWEST_WORDS = 3
 _HEAD = """# What is refused, and how it is said
 
 Written by `make refusals` from the code and the tests; … stands for what is filled in. Each sentence ends a command
-with the status before it: 1 for what is wrong with the input, the machine or an artefact, 2 for a wrong request, 3 for a
-promise that a pass or hikui has broken. Beside it stand the test modules that expect at least three words of it in a
+with the status before it: 1 for what is wrong with the input, the machine or an artefact, 2 for a wrong request, 3 for
+a promise that a pass or hikui has broken. Beside it stand the test modules that expect at least three words of it in a
 row; a dash says that none does, though a test may expect fewer words, or what is filled in.
 """
 
