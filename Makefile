@@ -7,7 +7,7 @@ PYTEST_OPTIONS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm fuzz schema clean
+.PHONY: install sysroot demo test lint typecheck bench bench-quick bench-arm fuzz schema refusals clean
 
 install: $(INSTALLED)
 
@@ -59,6 +59,9 @@ fuzz: $(INSTALLED)
 # What editors check recipes against; a test holds it to the passes.
 schema: $(INSTALLED)
 	$(BIN)/hikui passes --schema > docs/recipe.schema.json
+
+refusals: $(INSTALLED)
+	$(BIN)/python scripts/refusals.py
 
 clean:
 	rm -rf build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,7 +14,7 @@ from hikui.backends import kernels, toolchain
 from hikui.backends.kernels.cuda import artefact as cuda
 from hikui.backends.tvm import index as files
 from hikui.backends.tvm.determinism import order_shape_stores
-from hikui.backends.tvm.module import relax_module
+from hikui.backends.tvm.module import refusal, relax_module
 from hikui.backends.tvm.native.build import build_runner
 from hikui.backends.tvm.parameters import write_parameters
 from hikui.backends.tvm.tokens import token_bytes, write_tokens
@@ -58,7 +58,11 @@ def build_library(program: Program, target: Target, path: Path) -> None:
     machine = tvm_target(target)
     passes = [relax.backend.cpu_generic.get_default_pipeline(machine), order_shape_stores]
     pipeline = tvm.transform.Sequential(passes)
-    executable = relax.build(relax_module(program), machine, relax_pipeline=pipeline)
+    module = relax_module(program)
+    try:
+        executable = relax.build(module, machine, relax_pipeline=pipeline)
+    except Exception as error:
+        raise refusal(error) from error
     with TemporaryDirectory() as scratch:
         objects = [str(path) for path in kernels.build(target.triple, target.isas, Path(scratch)).paths]
         executable.export_library(path, fcompile=_linker(target.triple), addons=objects, workspace_dir=scratch)

@@ -99,12 +99,33 @@ def _linear_a8(node: fx.Node, importer: Importer) -> Value:
 
 
 def _rms_norm(node: fx.Node, importer: Importer) -> Value:
+    if node.target is torch.ops.aten.rms_norm.default:
+        return _plain_rms_norm(node, importer)
     x, weight, eps = node.args
     x = importer.env[x]
     operands = [x, importer.env[weight], relax.prim_value(eps)]
     if node.target is torch.ops.hikui.rms_norm.default:
         return _emit_kernel(importer, "hikui_rms_norm", operands, [_like(x)])
     return _emit_kernel(importer, "hikui_rms_norm_quantize", operands, [_like(x), *_quantized(x)])
+
+
+def _plain_rms_norm(node: fx.Node, importer: Importer) -> Value:
+    """Torch's own, which may lack the weight and the epsilon."""
+    x: Any
+    shape: Any
+    x, shape, weight, eps = (*node.args, None, None)[:4]
+    size = [int(extent) for extent in shape]
+    scale = relax.const(np.ones(size, np.float32)) if weight is None else importer.env[weight]
+    epsilon = torch.finfo(torch.float32).eps if eps is None else eps
+    axes = list(range(-len(size), 0))
+    return importer.block_builder.emit(relax.op.nn.rms_norm(importer.env[x], scale, axes=axes, epsilon=epsilon))
+
+
+def _reshape(node: fx.Node, importer: Importer) -> Value:
+    """TVM's own compares symbolic sizes as if they were numbers."""
+    x, sizes = node.args
+    extents = [importer.env[size] if isinstance(size, fx.Node) else size for size in sizes]  # type: ignore[union-attr]
+    return importer.block_builder.emit(relax.op.reshape(importer.env[x], extents))
 
 
 def _swiglu(node: fx.Node, importer: Importer) -> Value:
@@ -174,6 +195,34 @@ def _index_select(node: fx.Node, importer: Importer) -> Value:
 def _select(node: fx.Node, importer: Importer) -> Value:
     x, axis, at = node.args
     return importer.block_builder.emit(relax.op.take(importer.env[x], relax.const(at, "int64"), axis=axis, mode="wrap"))
+
+
+def _index(node: fx.Node, importer: Importer) -> Value:
+    """Elements that tensors of indices name; as in torch, negative ones count from the end."""
+    data, indices = node.args
+    emit = importer.block_builder.emit
+    given: dict[int, fx.Node] = {axis: index for axis, index in enumerate(indices) if index is not None}  # type: ignore
+    if any(index.meta["val"].dtype == torch.bool for index in given.values()):
+        raise HikuiError(
+            f"Node '{node.name}' chooses by truth values, whose number is not known beforehand; the tvm backend cannot "
+            "express it."
+        )
+    if len(given) == 1:
+        axis, index = given.popitem()
+        return emit(relax.op.take(importer.env[data], importer.env[index], axis=axis, mode="wrap"))
+    if len(given) < len(indices):  # type: ignore[arg-type]
+        raise HikuiError(
+            f"Node '{node.name}' indexes some dimensions together and leaves others, which the tvm backend cannot "
+            "express; lower with --backend onnxruntime."
+        )
+    sizes = _shape(importer.env[data])
+    wrapped = []
+    for axis, index in given.items():
+        value = importer.env[index]
+        zero, size = (relax.const(number, str(value.ty.dtype)) for number in (0, int(sizes[axis])))
+        behind = emit(relax.op.add(value, size))
+        wrapped.append(emit(relax.op.where(emit(relax.op.less(value, zero)), behind, value)))
+    return emit(relax.op.index_tensor(importer.env[data], wrapped))
 
 
 def _repeat_interleave(node: fx.Node, importer: Importer) -> Value:
@@ -256,6 +305,7 @@ CONVERTERS: dict[str, Converter] = {
     "cache_update_quantized.default": _cache_update_quantized,
     "causal_mask.default": _causal_mask,
     "embedding.default": _embedding,
+    "index.Tensor": _index,
     "index_select.default": _index_select,
     "layer_norm.default": _layer_norm,
     "linear.default": _linear,
@@ -266,6 +316,7 @@ CONVERTERS: dict[str, Converter] = {
     "quantize_activation_int4.default": _quantize_activation,
     "quantize_activation_static.default": _quantize_activation,
     "repeat_interleave.self_int": _repeat_interleave,
+    "reshape.default": _reshape,
     "rms_norm.default": _rms_norm,
     "rms_norm_quantize.default": _rms_norm,
     "rotary.default": _rotary,

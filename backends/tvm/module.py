@@ -1,18 +1,23 @@
 """From a program to a Relax module whose `main` takes tokens, past, the caches and one tuple of weights."""
 
 import operator
+import traceback
 
 import torch
-from torch import fx
+from torch import Tag, Tensor, fx
+from torch._ops import OpOverload
 from tvm import IRModule, relax
 from tvm.relax.frontend.torch import from_exported_program
 
 from hikui.backends.tvm.convert import CONVERTERS, attention_arguments
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.program import Program
+from hikui.lowering.ir.program import SOURCE, Program
 
 _UNSUPPORTED = "Unsupported function types "
 
+
+_INTEGERS = (torch.int64, torch.int32)
+_CASTS = (torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype)
 
 _OPS = torch.ops.hikui
 _WRITTEN: dict[object, dict[int, int]] = {
@@ -90,6 +95,50 @@ def _logits_only(program: Program) -> Program:
     return clone
 
 
+def _promote_integers(program: Program) -> None:
+    """Makes floats of integers where torch computes with floats: TVM rounds the other operand, or refuses.
+
+    Args:
+        program: a copy, which is changed.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if not isinstance(node.target, OpOverload) or Tag.pointwise not in node.target.tags or node.target in _CASTS:
+            continue
+        result = node.meta["val"]
+        with_float = isinstance(result, Tensor) and result.is_floating_point()
+        if not with_float and not any(isinstance(argument, float) for argument in node.args):
+            continue
+        for operand in node.all_input_nodes:
+            value = operand.meta["val"]
+            if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+                with graph.inserting_before(node):
+                    made = graph.call_function(torch.ops.aten._to_copy.default, (operand,), {"dtype": torch.float32})
+                node.replace_input_with(operand, made)
+    program.propagate()
+
+
+def _place(error: BaseException) -> str:
+    """The node that TVM's importer was at when it failed, and where the model's code made it."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("node")
+        found = node if isinstance(node, fx.Node) else found
+    if found is None:
+        return "the program"
+    line = f" ({found.meta[SOURCE]})" if SOURCE in found.meta else ""
+    return f"node '{found.name}', {found.target}{line}"
+
+
+def refusal(error: Exception) -> HikuiError:
+    """A sentence for an error that TVM raises on a program that this backend thought it could express."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return HikuiError(
+        f"The tvm backend cannot translate {_place(error)}: {type(error).__name__}: {lines[-1].strip().rstrip('.')}; "
+        "lower with --backend onnxruntime, or report it."
+    )
+
+
 def relax_module(program: Program) -> IRModule:
     """Imports a program.
 
@@ -101,16 +150,22 @@ def relax_module(program: Program) -> IRModule:
         HikuiError: an operator of the program has no counterpart in Relax.
     """
     check(program)
-    exported = _logits_only(program).to_exported_program()
+    clone = _logits_only(program)
+    _promote_integers(clone)
+    exported = clone.to_exported_program()
     try:
         module = from_exported_program(
             exported, unwrap_unit_return_tuple=True, custom_convert_map=CONVERTERS, run_ep_decomposition=False
         )
-    except AssertionError as error:
+    except HikuiError:
+        raise
+    except Exception as error:
         if _UNSUPPORTED not in str(error):
-            raise
+            raise refusal(error) from error
         names = str(error).split(_UNSUPPORTED, 1)[1].strip("[]")
-        raise HikuiError(f"The tvm backend has no translation for the operators {names}.") from None
+        raise HikuiError(
+            f"The tvm backend has no translation for the operators {names}; lower with --backend onnxruntime."
+        ) from None
     return _bundle_weights(module, len(program.weight_nodes()))
 
 

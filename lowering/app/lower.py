@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 
 from hikui.lowering.app.assemble import Prepared, assemble, checkpoint_folders
 from hikui.lowering.app.notices import calibration_notices, model_notices
+from hikui.lowering.app.opened import require_working
 from hikui.lowering.app.request import Execution, Model, Request, RequestOptions, available_passes
 from hikui.lowering.artefact import manifest as artefacts
 from hikui.lowering.artefact import text
@@ -179,6 +180,7 @@ def build(
     with StagedFolder(Path(output), artefacts.MANIFEST) as staged:
         for notice in assemble(staged.content, prepared, board, builder, progress):
             log_warning(notice)
+        require_working(staged.content)
     return Artefact.load(staged.destination)
 
 
@@ -241,6 +243,7 @@ def make_artefact(
         prepared = prepare(request, execution, scratch=staged.scratch, finished=finished if execution.resume else None)
         for notice in assemble(staged.content, prepared, board, builder, execution.progress):
             execution.warn(notice)
+        require_working(staged.content)
     shutil.rmtree(finished, ignore_errors=True)
     return Artefact.load(staged.destination)
 

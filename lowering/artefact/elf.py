@@ -54,7 +54,9 @@ def read_elf(path: Path) -> ElfFile:
         (machine,) = struct.unpack_from("<H", data, 18)
         return ElfFile(MACHINES.get(machine, f"machine {machine}"), tuple(sorted(_needs(data))))
     except (struct.error, IndexError, ValueError):
-        raise HikuiError(f"{path} is cut short or damaged.") from None
+        raise HikuiError(
+            f"{path} ends, or points outside itself, before its tables are read; lower the model again."
+        ) from None
 
 
 def _needs(data: bytes) -> set[str]:

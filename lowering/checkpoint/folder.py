@@ -133,7 +133,7 @@ class Checkpoint:
         if given.info.shape != shape:
             raise HikuiError(
                 f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by config.json {name} "
-                f"must have {list(shape)}; the config belongs to another checkpoint."
+                f"must have {list(shape)}; give the config.json that was saved with these weights."
             )
         if isinstance(tensor, QuantisedMatrix):
             return given
@@ -218,7 +218,7 @@ def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> 
     for file in sorted(set(weight_map.values())):
         shard = path.parent / file
         if Path(file).name != file or not _is_file(shard):
-            raise HikuiError(f"{path.name} names the shard {file[:80]}, which is not in {path.parent}; fetch it again.")
+            raise HikuiError(f"{path.name} names the shard {file[:80]}, which is not in {path.parent}; add it.")
         shards[file] = reader(shard)
     tensors = {}
     for key, file in sorted(weight_map.items()):
@@ -262,6 +262,6 @@ def check_finite(store: WeightStore) -> None:
                 infinite += int(piece.isinf().sum())
         if nan or infinite:
             raise HikuiError(
-                f"The tensor '{key}' holds {nan} NaN and {infinite} infinite values; the checkpoint is damaged or the "
-                "training diverged."
+                f"The tensor '{key}' holds {nan} NaN and {infinite} infinite values, of which nothing can be lowered; "
+                "give a checkpoint whose weights are all finite."
             )

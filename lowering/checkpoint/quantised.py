@@ -159,7 +159,7 @@ def _matrix(quantisation: Quantisation, stem: str, tensors: Mapping[str, FileTen
         if tensor is not None and (not right or len(tensor.shape) != dimensions):
             raise HikuiError(
                 f"The tensor '{stem}.{part}' in {tensor.path} is {str(tensor.dtype).removeprefix('torch.')} "
-                f"{list(tensor.shape)}, which is no part of a {quantisation.method} checkpoint; fetch it again."
+                f"{list(tensor.shape)}, where hikui expects another kind for {quantisation.method}; {_FLOAT}."
             )
     g_idx = None if quantisation.method == "awq" else g_idx
     bits, n, k = _sizes(quantisation, qweight, scales, g_idx)
@@ -188,7 +188,7 @@ def _matrix(quantisation: Quantisation, stem: str, tensors: Mapping[str, FileTen
         )
         raise HikuiError(
             f"The tensors of '{stem}' in {qweight.path} ({shapes}) do not fit each other and the {quantisation.bits} "
-            f"bits and group_size {quantisation.group} of {quantisation.file}; it is another variant, or damaged."
+            f"bits and group_size {quantisation.group} of {quantisation.file}; {_FLOAT}."
         )
     return matrix
 

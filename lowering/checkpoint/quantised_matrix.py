@@ -123,7 +123,7 @@ class QuantisedMatrix:
         if found.numel() and (int(found.min()) < 0 or int(found.max()) >= count):
             raise HikuiError(
                 f"'{self.name}.g_idx' in {self.g_idx.path} names groups from {int(found.min())} to {int(found.max())}, "
-                f"but there are {count}; the checkpoint is damaged."
+                f"but its scales have {count}; give another copy of the checkpoint."
             )
         return found
 

@@ -81,7 +81,8 @@ def _with_processes(function: Callable[[T], R], items: Sequence[T], workers: int
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise HikuiError(
-                "A process that did part of the work died, perhaps for lack of memory; use fewer --jobs."
+                "A process that did part of the work ended before it was done, and left no reason; fewer --jobs take "
+                "less memory, and --jobs 1 shows an error where there is one."
             ) from error
         finally:
             for future in futures:

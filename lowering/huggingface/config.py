@@ -70,7 +70,7 @@ def refuse_more_layers(config: Mapping[str, Any], tensors: Collection[str], wher
         if isinstance(layers, int) and layers > len(tensors):
             raise HikuiError(
                 f"{where} sets {key} to {layers}, but the checkpoint has {len(tensors)} tensors in all, and every "
-                "layer has at least one; the config belongs to another checkpoint."
+                "layer has at least one; give the config.json that was saved with these weights."
             )
 
 

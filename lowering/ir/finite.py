@@ -27,8 +27,8 @@ def require_finite_logits(program: Program, tokens: Tensor, logits: Tensor, what
     node = first_not_finite(program, tokens)
     place = "" if node is None else f": {place_of(node)} is the first whose value is not finite"
     raise HikuiError(
-        f"{what} logits that are not finite for {tokens.shape[1]} tokens{place}; the weights or scales before it are "
-        "too large or too small for float32, so no text can come of them."
+        f"{what} logits that are not finite for {tokens.shape[1]} tokens{place}; no text can come of them, "
+        "so look at the weights and scales that lead there."
     )
 
 

@@ -21,6 +21,6 @@ def check_ids(tokens: npt.ArrayLike, vocabulary: int) -> None:
     outside = ids[(ids < 0) | (ids >= vocabulary)]
     if outside.size:
         raise HikuiError(
-            f"Token {int(outside.flat[0])} is outside the model's vocabulary of {vocabulary}; the tokenizer belongs to "
-            "another model, or has a special token that the model was never given."
+            f"Token {int(outside.flat[0])} is outside the model's vocabulary of {vocabulary}; give ids below that, "
+            "or the tokenizer that the model was trained with."
         )

@@ -37,6 +37,9 @@ from hikui.lowering.trace.fidelity import Fidelity, compare, own_model
 from hikui.lowering.trace.source import OpenModel, open_model
 from hikui.lowering.trace.wrapper import IMPLEMENTATION, Decoder, FunctionalCache, register
 
+_SIZES_DIFFER = re.compile(r"broadcast|[Ss]ize of tensor a|must match the (existing )?size")
+"""What torch says where the operands of an operation have sizes that do not fit."""
+
 __all__ = ["Fidelity", "trace", "trace_and_compare"]
 
 
@@ -252,6 +255,12 @@ def _in_words(error: Exception, place: str) -> str:
     if isinstance(error, AttributeError) and isinstance(error.obj, FunctionalCache):
         return f"it asks{place} for '{error.name}' of its key-value cache, which hikui's cache does not have"
     reason = (str(error).strip().split("\n")[0] or "no message").rstrip(".")
+    if _SIZES_DIFFER.search(reason):
+        sizes = " and ".join(re.findall(r"\[[\d, ]+\]", reason))
+        return (
+            f"its code joins tensors{place} whose sizes do not fit{f', {sizes}' if sizes else ''}; it is called with a "
+            "key-value cache that has a place for every token of the context from the start"
+        )
     reason = re.sub(r"'?(Recording|Functional)Cache'?( object)?", "hikui's key-value cache", reason)
     return f"{type(error).__name__}{place}: {reason}"
 

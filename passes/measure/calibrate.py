@@ -130,8 +130,8 @@ class _Measuring(ResumableTraversal):
         (measured,) = sums
         if not measured.finite:
             raise HikuiError(
-                f"Site {members[0].meta[SITE]} reads NaN or infinite activations on the calibration text; the model "
-                "itself is broken there."
+                f"Site {members[0].meta[SITE]} reads NaN or infinite activations on the calibration text, so nothing "
+                "can be measured there; calibrate on another text, or look at the weights before it."
             )
         evidence = measured.evidence()
         every = {kind: getattr(evidence, kind) for kind in sorted(self._wanted)}

@@ -43,8 +43,11 @@ def refuse_underflow(program: Program, node: fx.Node, key: str, site: str) -> No
                 "of fewer bits, whose scales are larger."
             )
     elif packed.format.kind == "float16":
-        error, total, largest = 0.0, 0.0, 0.0
-        for rows, held in float_and_packed_rows(program, node, program.store, key):
+        error, total, largest, start = 0.0, 0.0, 0.0, 0
+        # Its columns stand as they are stored: a branch's factor may read a permuted activation.
+        for held in packed.dense_rows(program.store):
+            rows = program.store.load_rows(key, start, start + held.shape[0]).float()
+            start += held.shape[0]
             error += float((rows.double() - held.double()).square().sum())
             total += float(rows.double().square().sum())
             largest = max(largest, float(rows.abs().max()))

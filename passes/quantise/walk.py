@@ -122,8 +122,8 @@ class Walk(ResumableTraversal, Generic[Prepared]):
         (measured,) = sums
         if not measured.finite:
             raise HikuiError(
-                f"Site {first.meta[SITE]} reads NaN or infinite activations on the calibration text; the model itself "
-                "is broken there, or what was quantised before it."
+                f"Site {first.meta[SITE]} reads NaN or infinite activations on the calibration text, so nothing "
+                "can be measured there; `hikui eval` of the float model shows whether its numbers are finite."
             )
         evidence = measured.evidence()
         weights: dict[str, Tensor] = {}

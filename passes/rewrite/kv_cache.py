@@ -193,7 +193,8 @@ class _Columns:
         distance = torch.maximum(self.high - centre, centre - self.low)
         if not bool(distance.isfinite().all()):
             raise HikuiError(
-                f"What {name} holds is NaN or infinite on the calibration text; the model itself is broken there."
+                f"What {name} holds is NaN or infinite on the calibration text, so it has no scale; lower without "
+                "kv_cache."
             )
         return centre, torch.where(distance > 0, distance.sqrt(), 1.0)
 

@@ -25,6 +25,10 @@ _NEW_NAMES: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 92, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": TINY_CONTEXT, "bos_token_id": 0, "pad_token_id": 0,
 }  # fmt: skip
+_FALCON: dict[str, Any] = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": TINY_CONTEXT,
+    "bos_token_id": 0,
+}  # fmt: skip
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neo": (
@@ -37,6 +41,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", {**_OLD_NAMES, "rotary_dim": 8}),
     "cohere": ("cohere", _NEW_NAMES),
     "glm4": ("glm4", {**_NEW_NAMES, "head_dim": 12}),
+    "falcon": ("falcon", {**_FALCON, "num_kv_heads": None}),
+    "falcon, grouped": ("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "gpt_bigcode": ("gpt_bigcode", _OLD_NAMES),
+    "ministral3": ("ministral3", {**_NEW_NAMES, "head_dim": 12, "sliding_window": None, "pad_token_id": 0}),
+    "diffllama": ("diffllama", _NEW_NAMES),
     "olmo, clipped": ("olmo", {**_NEW_NAMES, "clip_qkv": 0.5}),
 }  # fmt: skip
 

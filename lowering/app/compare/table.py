@@ -172,7 +172,9 @@ def _refuse_other_models(traced: Program, artefacts: Sequence[str]) -> None:
     for name in artefacts:
         theirs = read_manifest(Path(name)).provenance.checkpoint
         if ours and theirs and ours != theirs:
-            raise UsageError(f"{name} was made from another checkpoint; compare artefacts of one model.")
+            raise UsageError(
+                f"{name} was made from files with other hashes than the model's; compare artefacts of one model."
+            )
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:

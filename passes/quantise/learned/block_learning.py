@@ -96,8 +96,8 @@ class BlockLearning:
         first = least = self.error(best)
         if not isfinite(first):
             raise HikuiError(
-                f"{self._span.name.capitalize()} gives NaN or infinite values on the calibration text; the model "
-                "itself is broken there, or what was quantised before it."
+                f"{self._span.name.capitalize()} gives NaN or infinite values on the calibration text, so "
+                "nothing can be learned there; `hikui eval` of the float model shows whether it does so too."
             )
         optimiser = AdamW(
             [each.theta for each in self._scales], lr=schedule.lr, weight_decay=0.0, eps=_EPSILON, foreach=False

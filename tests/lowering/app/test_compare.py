@@ -138,7 +138,7 @@ def test_an_artefact_is_compared_with_the_model_it_was_made_from(
     assert artefact.true_bpw == pytest.approx(recipe.true_bpw)
     assert artefact.bits_per_char == pytest.approx(recipe.bits_per_char, rel=1e-3)
     other = tiny_checkpoint("qwen2", tmp_path / "qwen2")
-    with pytest.raises(UsageError, match="was made from another checkpoint"):
+    with pytest.raises(UsageError, match="was made from files with other hashes"):
         compare(str(other), Reading(stories), artefacts=[str(built.directory)])
 
 

@@ -43,7 +43,7 @@ def test_another_machine_and_another_kind_of_file(interpreter: Path, tmp_path: P
     with pytest.raises(HikuiError, match="not a 64-bit little-endian ELF"):
         read_elf(other)
     other.write_bytes(interpreter.read_bytes()[:200])
-    with pytest.raises(HikuiError, match="cut short or damaged"):
+    with pytest.raises(HikuiError, match="points outside itself"):
         read_elf(other)
     other.write_text("#!/bin/sh\n")
     assert not is_elf(other)

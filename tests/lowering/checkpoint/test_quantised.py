@@ -238,7 +238,7 @@ def spoilt(folder: Path, **changes: Tensor | None) -> Path:
         ({"scales": torch.zeros(3, 32).half()}, "do not fit each other"),
         ({"qzeros": torch.zeros(2, 5, dtype=torch.int32)}, "do not fit each other"),
         ({"g_idx": torch.zeros(32, dtype=torch.int32)}, "do not fit each other"),
-        ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "names groups from 2 to 2, but there are 2"),
+        ({"g_idx": torch.full((64,), 2, dtype=torch.int32)}, "names groups from 2 to 2, but its scales have 2"),
         ({"scales": torch.full((2, 32), float("nan")).half()}, "'a.weight' holds 2048 NaN"),
         ({"weight": torch.zeros(32, 64)}, "holds both 'a.weight' and 'a.qweight'"),
     ],

@@ -72,6 +72,13 @@ def test_a_branch_on_how_many_tokens_were_seen() -> None:
     assert "u0" not in message
 
 
+def test_sizes_that_do_not_fit_the_whole_cache() -> None:
+    message = refusal(small("falcon", alibi=True, num_kv_heads=None))
+    assert "its code joins tensors in module 'transformer' (FalconModel, modeling_falcon.py:" in message
+    assert "whose sizes do not fit, [1, 4, 1, 2] and [1, 1, 2, 64]; it is called with a key-value cache" in message
+    assert "torch.Size" not in message
+
+
 def test_what_hikuis_cache_does_not_have() -> None:
     class Asking(LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

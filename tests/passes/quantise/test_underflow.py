@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import Program
-from tests.passes.helpers import SMALL_VOCABULARY, lower, program_of, random
+from tests.passes.helpers import SMALL_VOCABULARY, calibration, canonical, lower, program_of, random
 
 EMBEDDING = random(SMALL_VOCABULARY, 40)
 
@@ -57,3 +57,9 @@ def test_one_lost_group_of_a_hundred_weights_is_no_reason_and_half_of_the_matrix
 def test_a_matrix_of_zeros_is_packed() -> None:
     lower(one_site(torch.zeros(70, 40)), "rtn{bits=8}")
     lower(one_site(torch.zeros(70, 40)), "pack{format=float16}")
+
+
+def test_factors_that_read_permuted_columns_are_held_against_themselves() -> None:
+    program = canonical("llama")
+    pipeline = "calibrate{gram=true},mixed{group=32},rtn,sub_branch{rank=2},pack{format=float16}"
+    lower(program, pipeline, calibration(program, 8, 40))
