@@ -168,14 +168,12 @@ class OrtModel:
         """
         if past < 0 or len(tokens) == 0:
             raise LoadError(f"{len(tokens)} tokens after {past} are no step; give at least one, after none or more.")
-        if tokens.min() < 0 or tokens.max() >= self.vocabulary:
-            raise LoadError(f"A token is outside the vocabulary of {self.vocabulary}; use the model's own tokenizer.")
         if past + len(tokens) > self.context_length:
             raise LoadError(
                 f"{past + len(tokens)} tokens do not fit the cache of {self.context_length}; "
                 "shorten the prompt or lower with a larger --context."
             )
-        wrong = tokens[(tokens < 0) | (tokens >= (self.vocabulary or np.iinfo(np.int64).max))]
+        wrong = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
         if wrong.size:
             raise LoadError(
                 f"Token {wrong[0]} is outside the model's vocabulary of {self.vocabulary}; give ids of the model's own "

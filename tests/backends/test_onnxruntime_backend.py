@@ -463,7 +463,7 @@ def test_the_scripts_numbers_are_read_strictly(
 
 def test_a_token_outside_the_vocabulary_is_refused(described: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ort_run.main([str(described), "--tokens", "4000"]) == 1
-    assert "outside the vocabulary" in capsys.readouterr().err
+    assert "Token 4000 is outside the model's vocabulary of" in capsys.readouterr().err
 
 
 def test_requests_that_are_none_are_answered_with_a_sentence(described: Path) -> None:
