@@ -34,3 +34,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of an error sentence: the known name that is nearest to a wrong one, or nothing."""
     near = get_close_matches(name, list(known), n=1)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says in its first line, as the end of a sentence; its type where it says nothing."""
+    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

@@ -43,9 +43,6 @@ _TOOLS = (
 _ROOM = 64_000_000
 """Bytes that libraries, tokenizer and the compilers' temporary files may take beside the weights."""
 
-_EVENING = ("smooth", "awq", "rotate")
-"""Passes that make columns of activations more alike."""
-
 _LOST_ROWS = 0.5
 """Share of a cache's rows without a scale from which on it is refused: single tokens may well have no values."""
 
@@ -105,7 +102,7 @@ def assemble(
     reference_numbers(program, watch).save(directory / artefacts.REFERENCE)
     give_back()
     progress("reference numbers", 1, 1)
-    outliers = watch.sentence(any(step.name in _EVENING for step in prepared.passes))
+    outliers = watch.sentence(any(step.evens_columns for step in prepared.passes))
     notices = (*built.notices, *(() if outliers is None else (outliers,)))
     if program.tokenizer is not None:
         text.copy_tokenizer(program.tokenizer, directory / artefacts.TOKENIZER)

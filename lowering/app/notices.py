@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 
 from hikui.lowering.artefact.text import TextCodec
-from hikui.lowering.errors import HikuiError
+from hikui.lowering.checkpoint.folder import read_object
 from hikui.lowering.evaluation.protocols import Excerpt
 from hikui.lowering.huggingface.config import refuse_outside
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.steps import check_ids
-from hikui.lowering.json_text import parse_json
 from hikui.lowering.pipeline.contract import Calibration
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 
@@ -95,8 +94,7 @@ def _generation(model: object, folders: Iterable[Path]) -> list[str]:
     for folder in sorted(set(folders)):
         path = folder / "generation_config.json"
         if path.is_file():
-            content = _object(path)
-            found |= content
+            found |= read_object(path)
     ignored = [
         f"{key} {found[key]!r}" for key, neutral in _NEUTRAL.items() if key in found and found[key] not in neutral
     ]
@@ -106,14 +104,6 @@ def _generation(model: object, folders: Iterable[Path]) -> list[str]:
         f"The generation config sets {', '.join(ignored)}, which hikui does not do: texts are greedy or drawn from the "
         "model's own probabilities."
     ]
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = parse_json(path.read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise HikuiError(f"{path} is not valid JSON: {error}.") from error
-    return content if isinstance(content, dict) else {}
 
 
 def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:

@@ -103,7 +103,10 @@ class StagedFolder:
             # tempfile's own letters, so that what `out.v2` has left is not taken for what `out` has.
             if not re.fullmatch(rf"{re.escape(self._prefix)}[a-z0-9_]+\.partial", stale.name):
                 continue
-            lock = os.open(stale, os.O_RDONLY)
+            try:
+                lock = os.open(stale, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # its run has just ended
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(stale, ignore_errors=True)

@@ -4,6 +4,7 @@ The tolerance of the numbers stands in the manifest, which is part of what is ch
 allowed than `ROUNDED_TOLERANCE`, the most that any recipe of hikui is given.
 """
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -161,6 +162,20 @@ def tolerance(artefact: Artefact) -> float:
     return allowed
 
 
+def largest_difference(artefact: Artefact, open_runner: Callable[[], Runner]) -> float:
+    """How far a runner's logits are from the reference's, relative to the largest; infinite where shapes differ.
+
+    Raises:
+        HikuiError: the runner cannot be opened, or stops.
+    """
+    reference, runner = artefact.reference(), open_runner()
+    try:
+        got = logits(runner, reference)
+    finally:
+        runner.close()
+    return difference(got, reference) if got.shape == reference.logits.shape else math.inf
+
+
 def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner], name: str = "numbers") -> Check:
     """The runner gives the reference's logits.
 
@@ -174,12 +189,7 @@ def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner], name: s
             f"{artefact.directory / MANIFEST} and its reference numbers do not belong together: a vocabulary of "
             f"{model.vocabulary} and {reference.logits.shape[1]} logits; copy the folder again."
         )
-    runner = open_runner()
-    try:
-        got = logits(runner, reference)
-    finally:
-        runner.close()
-    error = difference(got, reference) if got.shape == reference.logits.shape else float("inf")
+    error = largest_difference(artefact, open_runner)
     # Written so that a NaN fails.
     if not error <= allowed:
         raise HikuiError(

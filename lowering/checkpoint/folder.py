@@ -73,7 +73,7 @@ class Checkpoint:
             raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
         if not (folder / "config.json").is_file():
             raise HikuiError(f"{folder} is no checkpoint: it has no config.json.")
-        config = _read_json(folder / "config.json")
+        config = read_object(folder / "config.json")
         if (folder / _INDEX).is_file():
             tensors = _read_index(folder / _INDEX, read_safetensors)
         elif (folder / _SINGLE).is_file():
@@ -93,7 +93,7 @@ class Checkpoint:
     def generation_config(self) -> Mapping[str, Any]:
         """generation_config.json, or nothing where the folder has none."""
         path = self.folder / "generation_config.json"
-        return _read_json(path) if path.is_file() else {}
+        return read_object(path) if path.is_file() else {}
 
     def tokenizer_folder(self) -> Path | None:
         """The folder, if it holds a tokenizer."""
@@ -181,7 +181,7 @@ def _quantisation(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     if any(key.endswith(".qweight") for key in tensors):
         for name, method in SIDE_FILES.items():
             if (folder / name).is_file():
-                return parse_quantisation(_read_json(folder / name), folder / name, method)
+                return parse_quantisation(read_object(folder / name), folder / name, method)
         raise HikuiError(
             f"{folder} holds quantised tensors (.qweight), but neither {CONFIG_KEY} in config.json nor any of "
             f"{', '.join(SIDE_FILES)} says how; fetch the missing file."
@@ -189,7 +189,12 @@ def _quantisation(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        HikuiError: it cannot be read, or holds something else.
+    """
     try:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -211,7 +216,7 @@ def _is_file(path: Path) -> bool:
 
 def _read_index(path: Path, reader: Callable[[Path], dict[str, FileTensor]]) -> dict[str, FileTensor]:
     """Reads the shards that an index names."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise HikuiError(f"{path} has no usable 'weight_map'.")
     shards: dict[str, dict[str, FileTensor]] = {}

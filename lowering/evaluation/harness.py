@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from hikui.lowering.artefact.generate import Runner
 from hikui.lowering.artefact.text import TextCodec
-from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.errors import HikuiError, UsageError, first_line
 from hikui.lowering.evaluation.quality import Progress
 from hikui.lowering.json_text import not_utf8, parse_json
 from hikui.lowering.progress import no_progress
@@ -276,7 +276,7 @@ def _configured(file: TaskFile) -> list[Any]:
     except (jinja2.TemplateError, OverflowError) as error:
         raise UsageError(f"A template of the task {file.path} cannot be rendered: {error}.") from None
     except Exception as error:  # the library and its data loaders share no base class
-        reason = (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
+        reason = first_line(error)
         raise UsageError(
             f"{file.path} is no task that can be run from local files: {reason}; give one of lm-eval's configurations "
             "with `dataset_path: json` and `data_files` that lie beside it."

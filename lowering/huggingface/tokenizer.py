@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from hikui.lowering.errors import HikuiError
+from hikui.lowering.errors import HikuiError, first_line
 from hikui.lowering.huggingface.remote_code import CONFIG, TOKENIZER_CONFIG, refuse_tokenizer_code
 
 FILE = "tokenizer.json"
@@ -68,8 +68,10 @@ def _content(folder: Path, trusted: bool, state: tuple[tuple[str, int, int], ...
     except Exception as error:  # whatever the files provoke; the classes share no base
         if path.is_file():
             read_tokenizer(path)  # says what is wrong where it is this file
-            raise HikuiError(f"transformers cannot load the tokenizer in {folder}: {_reason(error)}.") from error
-        raise HikuiError(f"{folder} has no {FILE}, and none can be made from its files: {_reason(error)}.") from error
+            raise HikuiError(f"transformers cannot load the tokenizer in {folder}: {first_line(error)}.") from error
+        raise HikuiError(
+            f"{folder} has no {FILE}, and none can be made from its files: {first_line(error)}."
+        ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise HikuiError(
@@ -114,7 +116,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_text("utf-8-sig"))
     except Exception as error:  # the library raises plain Exception for every malformed file
-        raise HikuiError(f"{path} is not a tokenizer: {_reason(error)}.") from None
+        raise HikuiError(f"{path} is not a tokenizer: {first_line(error)}.") from None
 
 
 def _plain(tokenizer: Tokenizer) -> str:
@@ -122,7 +124,3 @@ def _plain(tokenizer: Tokenizer) -> str:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return str(tokenizer.to_str())
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")

@@ -104,12 +104,14 @@ class Pass(metaclass=_Checked):
         name: as in pipelines and recipes.
         calibrates: whether it needs `PassContext.calibration`, so that a run without any is refused before it starts.
         names_sites: whether linear sites have their names from it, which what is said of sites must come after.
+        evens_columns: whether it makes the columns of activations more alike, so that rounding leaves more of each.
         budget: the option that holds a budget in bits per weight, or empty.
     """
 
     name: ClassVar[str]
     calibrates: ClassVar[bool] = False
     names_sites: ClassVar[bool] = False
+    evens_columns: ClassVar[bool] = False
     budget: ClassVar[str] = ""
 
     def requires(self, program: Program) -> None:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY
 from hikui.lowering.checkpoint.unread import look_for_unread
-from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.errors import HikuiError, UsageError, first_line
 from hikui.lowering.huggingface.config import refuse_adapter, refuse_more_layers, refuse_non_finite, token_ids
 from hikui.lowering.huggingface.remote_code import refuse_model_code
 from hikui.lowering.ir.store import MemoryTensor, TensorSource
@@ -181,7 +181,7 @@ def _empty_model(checkpoint: Checkpoint, trusted: bool) -> nn.Module:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted, local_files_only=True)
     except Exception as error:  # KeyError, ValueError, ImportError, validation errors: whatever the config provokes
-        raise HikuiError(f"transformers rejects {checkpoint.folder / 'config.json'}: {_reason(error)}.") from error
+        raise HikuiError(f"transformers rejects {checkpoint.folder / 'config.json'}: {first_line(error)}.") from error
     if checkpoint.quantisation is not None and hasattr(config, CONFIG_KEY):
         # The checkpoint gives floats, so the model is the float one.
         delattr(config, CONFIG_KEY)
@@ -194,13 +194,9 @@ def _empty_model(checkpoint: Checkpoint, trusted: bool) -> nn.Module:
         raise
     except Exception as error:
         raise HikuiError(
-            f"transformers cannot build a causal language model from {checkpoint.folder}: {_reason(error)}."
+            f"transformers cannot build a causal language model from {checkpoint.folder}: {first_line(error)}."
         ) from error
     return module.eval()
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__).rstrip(".")
 
 
 def _materialise_buffers(module: nn.Module) -> None:
@@ -317,7 +313,7 @@ def _with_fake_weights(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
         result = copy.deepcopy(module, memo).eval()
     except Exception as error:
         raise HikuiError(
-            f"The module {type(module).__name__} cannot be copied for tracing: {_reason(error)}."
+            f"The module {type(module).__name__} cannot be copied for tracing: {first_line(error)}."
         ) from error
     for owner in result.modules():
         for key, buffer in owner.named_buffers(recurse=False):

@@ -40,6 +40,7 @@ class Rotate(Pass):
     """
 
     name: ClassVar[str] = "rotate"
+    evens_columns: ClassVar[bool] = True
     kind: Literal["hadamard", "orthogonal"] = "hadamard"
     seed: int = 0
     heads: bool = False

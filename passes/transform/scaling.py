@@ -38,6 +38,7 @@ class Scaling(Pass):
         skip: regular expression of the sites to leave as they are.
     """
 
+    evens_columns: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
     """Which statistics of its sites it reads."""
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from benchmarks.kernels.report import cpu
+
 _SOURCE = Path(__file__).with_suffix(".cc")
 _ROOT = Path(__file__).resolve().parents[2]
 _RESULT = _ROOT / "benchmarks" / "results" / "fuzz.json"
@@ -84,7 +86,7 @@ def main() -> None:
         program, start = build(Path(scratch)), time.perf_counter()
         counts = fuzz(program, seed=options.seed, runs=options.runs)
         seconds = round(time.perf_counter() - start, 1)
-    result = {**counts.__dict__, "crashes": 0, "seconds": seconds, "seed": options.seed, "machine": platform.machine()}
+    result = {**counts.__dict__, "crashes": 0, "seconds": seconds, "seed": options.seed, "cpu": cpu()}
     _RESULT.write_text(json.dumps({"runner_files": result}, indent=1, sort_keys=True) + "\n")
     print(_RESULT.read_text(), end="")
 

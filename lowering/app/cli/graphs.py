@@ -58,6 +58,8 @@ def opt(
         request = Request(model, context=context, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
         program = _program(request, weights=weights, seed=seed)
         report("trace", 1, 1)
+        for sentence in program.cautions:
+            warn(sentence)
         data = None
         if calibration is not None:
             data = read_calibration(program, calibration, CalibrationSettings())

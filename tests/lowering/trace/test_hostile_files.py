@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hikui.lowering.checkpoint.container import read_pickle, read_safetensors
+from hikui.lowering.checkpoint.folder import Checkpoint
 from hikui.lowering.errors import HikuiError
 
 
@@ -65,8 +66,6 @@ def test_pickles_with_other_keys_and_other_layouts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shard", ["x" * 5000, "a\0b", "../model.safetensors", "/etc/passwd", ""])
 def test_shards_of_any_name(checkpoint: Path, shard: str) -> None:
-    from hikui.lowering.checkpoint.folder import Checkpoint
-
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
     with pytest.raises(HikuiError, match="names the shard") as caught:
         Checkpoint.open(checkpoint)
