@@ -18,6 +18,7 @@ from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Format, Segment
 from hikui.passes.measure import linalg
 from hikui.passes.measure.evidence import Evidence
+from hikui.passes.quantise.descent import descend
 from hikui.passes.quantise.quantiser import Quantiser
 from hikui.passes.quantise.rounding import Rounded, inverse, nearest, round_matrix
 
@@ -35,11 +36,13 @@ class Factor(NamedTuple):
         upper: float64 [k, k]; what lies below the diagonal is not to be read.
         order: int64 [k], or None where it is the columns' own.
         importance: float32 [k], the diagonal of H in the columns' own order.
+        hessian: H itself, float32 [k, k] in the columns' own order, where sweeps are to follow.
     """
 
     upper: Tensor
     order: Tensor | None
     importance: Tensor
+    hessian: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Gptq(Quantiser[Factor]):
         damping: λ over the mean of H's diagonal; raised tenfold as often as the factorisation needs it.
         clip: how scales are chosen, as in `rtn`.
         weighted: weigh a column's error by its mean square activation when scales are chosen.
+        sweeps: afterwards refit the scales in closed form and look at every code once more, so many times (`descent`).
         inputs: `quantised` measures each site behind the quantised blocks; `float` in the float model (after
             Squeeze10's full-information supervision).
     """
@@ -65,12 +69,15 @@ class Gptq(Quantiser[Factor]):
     damping: float = 0.01
     clip: Literal["mse", "minmax"] = "mse"
     weighted: bool = False
+    sweeps: int = 0
     inputs: Literal["quantised", "float"] = "quantised"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.damping > 0:
             raise UsageError(f"gptq cannot be damped by {self.damping:g}; damping is above 0.")
+        if self.sweeps < 0:
+            raise UsageError(f"gptq cannot take {self.sweeps} sweeps; give 0 or more.")
 
     @property
     def reads_float(self) -> bool:
@@ -79,8 +86,8 @@ class Gptq(Quantiser[Factor]):
 
     @property
     def spare_matrices(self) -> int:
-        """The copy of H in another order."""
-        return 1 if self.act_order else 0
+        """The copy of H in another order, and the one for sweeps, which is half as wide and made in that width."""
+        return int(self.act_order) + bool(self.sweeps)
 
     def wants(self) -> frozenset[str]:
         """The Gram matrix."""
@@ -91,14 +98,21 @@ class Gptq(Quantiser[Factor]):
         assert evidence.gram is not None, "it was asked for"
         diagonal = evidence.gram.diagonal().clone()
         order = torch.sort(diagonal, descending=True, stable=True).indices if self.act_order else None
+        hessian = evidence.gram.float() if self.sweeps else None
         gram = evidence.take_gram(order)
-        linalg.factor_upper(gram, self.damping, workers)
-        return Factor(gram, order, diagonal.float())
+        damping = linalg.factor_upper(gram, self.damping, workers)
+        if hessian is not None:
+            mean = float(diagonal.mean())
+            hessian.diagonal().add_(damping * (mean if mean > 0 else 1.0))
+        return Factor(gram, order, diagonal.float(), hessian)
 
     def quantise(self, weight: Tensor, fmt: Format, prepared: Factor) -> Rounded:
         """Rounds some rows; see `Rounder.quantise`."""
         importance = prepared.importance if self.weighted else None
-        return compensate(weight, fmt, prepared, self.clip, importance)
+        rounded = compensate(weight, fmt, prepared, self.clip, importance)
+        if prepared.hessian is None:
+            return rounded
+        return descend(weight, rounded, fmt, prepared.hessian, self.sweeps)
 
 
 def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importance: Tensor | None = None) -> Rounded:
