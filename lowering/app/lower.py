@@ -1,5 +1,6 @@
 """The whole way from a checkpoint to an artefact; this room alone knows both passes and backends."""
 
+import hashlib
 import os
 import resource
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 from hikui.lowering.app.assemble import Prepared, assemble, checkpoint_folders
-from hikui.lowering.app.notices import calibration_notices, model_notices
+from hikui.lowering.app.notices import calibration_notices, model_notices, standing_in
 from hikui.lowering.app.opened import require_working
 from hikui.lowering.app.request import Execution, Model, Request, RequestOptions, available_passes
 from hikui.lowering.artefact import manifest as artefacts
@@ -25,6 +26,7 @@ from hikui.lowering.pipeline.debug_dump import DebugDump
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from hikui.lowering.pipeline.run import Callback, InputUnchanged, Pipeline
 from hikui.lowering.progress import Progress, log_warning, no_progress
+from hikui.models import calibration
 
 if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
@@ -97,11 +99,7 @@ def prepare(
     path = None if request.calibration is None else Path(request.calibration)
     if path is not None:
         text.read_documents(path)
-    elif step := next((step for step in passes if step.calibrates), None):
-        raise HikuiError(
-            f"Recipe {chosen.name}: pass {step.name} measures the model on real text and none was given; give some "
-            "with --calibration TEXT_FILE."
-        )
+    calibrates = any(step.calibrates for step in passes)
     notices: list[str] = []
 
     def warn(sentence: str) -> None:
@@ -113,10 +111,13 @@ def prepare(
     execution.progress("trace", 0, 1)
     traced, fidelity = request.compared(scratch=scratch)
     execution.progress("trace", 1, 1)
-    data = None if path is None else read_calibration(traced, path, chosen.calibration)
+    data = read_calibration(traced, path, chosen.calibration) if calibrates or path is not None else None
     for notice in model_notices(traced, request.source, checkpoint_folders(traced)):
         warn(notice)
-    if data is not None and any(step.calibrates for step in passes):
+    if data is not None and calibrates:
+        if path is None:
+            tell = execution.announce if traced.tokenizer is not None else warn
+            tell(standing_in(data))
         for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
             warn(notice)
     keep = _KeepCanonical(keep_floats)
@@ -151,7 +152,7 @@ def prepare(
         lowered,
         pipeline.passes,
         tuple(pipeline.records),
-        None if data is None or path is None else _calibration_entry(data, path, chosen.calibration),
+        None if data is None else _calibration_entry(data, path, chosen.calibration),
         keep.floats,
         tuple(notices),
         fidelity,
@@ -184,9 +185,19 @@ def build(
     return Artefact.load(staged.destination)
 
 
-def read_calibration(program: Program, path: Path, settings: CalibrationSettings) -> Calibration:
-    """Draws the calibration windows of a program from a text file."""
-    documents = text.read_documents(path)
+def read_calibration(program: Program, path: Path | None, settings: CalibrationSettings) -> Calibration:
+    """Draws the calibration windows of a program from a text file.
+
+    Without one, from the text that comes with hikui; of a model without a tokenizer the tokens are drawn at random.
+
+    Raises:
+        HikuiError: the text cannot be read, or cannot be turned into tokens.
+    """
+    if path is None and program.tokenizer is None:
+        return calibrations.random_tokens(
+            program.config, samples=settings.samples, tokens=settings.tokens, seed=settings.seed
+        )
+    documents = text.read_documents(calibration.path() if path is None else path)
     if program.tokenizer is None:
         raise HikuiError(
             f"The model has no tokenizer, so {path} cannot be turned into tokens; give one with --tokenizer."
@@ -198,7 +209,7 @@ def read_calibration(program: Program, path: Path, settings: CalibrationSettings
         samples=settings.samples,
         tokens=settings.tokens,
         seed=settings.seed,
-        source=path.name,
+        source=(calibration.path() if path is None else path).name,
     )
 
 
@@ -259,10 +270,14 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _calibration_entry(data: Calibration, path: Path, settings: CalibrationSettings) -> dict[str, str | int]:
+def _calibration_entry(data: Calibration, path: Path | None, settings: CalibrationSettings) -> dict[str, str | int]:
+    """What the manifest says of it; tokens that no text gave are hashed themselves."""
+    if path is None and data.source == calibration.path().name:
+        path = calibration.path()
+    tokens = b"".join(chunk.numpy().tobytes() for chunk in data.chunks)
     return {
-        "text": path.name,
-        "sha256": artefacts.sha256(path),
+        "text": data.source,
+        "sha256": hashlib.sha256(tokens).hexdigest() if path is None else artefacts.sha256(path),
         "samples": len(data.chunks),
         "tokens": sum(int(chunk.shape[1]) for chunk in data.chunks),
         "seed": settings.seed,

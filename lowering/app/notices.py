@@ -14,6 +14,7 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.steps import check_ids
 from hikui.lowering.pipeline.contract import Calibration
 from hikui.lowering.pipeline.recipe import CalibrationSettings
+from hikui.models import calibration
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
@@ -129,3 +130,17 @@ def calibration_notices(data: Calibration, settings: CalibrationSettings, contex
         f"in all, and the recipe asks for {settings.samples} of {length}, {wanted} tokens; what is measured on so "
         "little may do harm, so give a longer text."
     ]
+
+
+def standing_in(data: Calibration) -> str:
+    """What a model is measured on where no calibration text was given, in a sentence."""
+    tokens = sum(chunk.shape[1] for chunk in data.chunks)
+    if data.source == calibration.path().name:
+        return (
+            f"No calibration text was given: the model is measured on {tokens} tokens of the English prose and code "
+            "that come with hikui. Text like what it will read is better; give some with --calibration FILE."
+        )
+    return (
+        f"The model has no tokenizer, so it is measured on {tokens} random tokens, which excite it otherwise than text "
+        "does; give a folder with its tokenizer with --tokenizer."
+    )

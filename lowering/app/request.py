@@ -39,7 +39,8 @@ class Request:
     Attributes:
         model: a Hugging Face folder or id, a transformers model, or `reference` for the model that comes with hikui.
         recipe: a shipped recipe's name, a recipe file, or a recipe; None is the float model as it is.
-        calibration: text that calibrating passes read; documents are separated by `<|endoftext|>`.
+        calibration: text that calibrating passes read, documents separated by `<|endoftext|>`; by default the one that
+            comes with hikui.
         context: context length; by default the model's own, at most 2048.
         target_bpw: budget in bits per weight for the pass of the recipe that keeps to one.
         tokenizer: folder with a tokenizer, instead of the model's own.

@@ -53,3 +53,15 @@ def draw(
     if not chosen:
         raise HikuiError(f"The calibration text {source} gives no window of two tokens; give a longer one.")
     return Calibration(tuple(torch.tensor([ids], dtype=torch.int64) for ids in chosen), source)
+
+
+def random_tokens(config: ModelConfig, *, samples: int, tokens: int, seed: int) -> Calibration:
+    """Windows of tokens drawn evenly from the vocabulary: what is left where a model has no tokenizer.
+
+    They excite a model otherwise than text does: the means of what SmolLM2's query, key and value products read have a
+    cosine of .5 to .95 with those of text, those of its down projections of .1 to .6.
+    """
+    draws = np.random.default_rng(seed)
+    length = min(tokens, config.context_length)
+    chunks = (draws.integers(0, config.vocabulary, (1, length), dtype=np.int64) for _ in range(samples))
+    return Calibration(tuple(map(torch.from_numpy, chunks)), "random tokens")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hikui.lowering.app.cli import options
-from hikui.lowering.app.cli.console import debug, emit, progress, table, warn
+from hikui.lowering.app.cli.console import announce, debug, emit, progress, table, warn
 
 if TYPE_CHECKING:
     from hikui.lowering.app.request import Request
@@ -37,7 +37,7 @@ def opt(
 ) -> None:
     """Run passes on a model, or on a program that --print-ir wrote, and look at the result; nothing is built."""
     from hikui.lowering.app.lower import read_calibration
-    from hikui.lowering.app.notices import calibration_notices
+    from hikui.lowering.app.notices import calibration_notices, standing_in
     from hikui.lowering.app.program_file import save_weights as write_weights
     from hikui.lowering.app.request import Request, available_passes
     from hikui.lowering.errors import UsageError
@@ -61,8 +61,10 @@ def opt(
         for sentence in program.cautions:
             warn(sentence)
         data = None
-        if calibration is not None:
+        if calibration is not None or any(step.calibrates for step in steps):
             data = read_calibration(program, calibration, CalibrationSettings())
+            if calibration is None:
+                announce(standing_in(data))
             for notice in calibration_notices(data, CalibrationSettings(), program.config.context_length):
                 warn(notice)
         dumps = [] if debug_dump is None else [DebugDump(debug_dump, program)]

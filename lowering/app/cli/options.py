@@ -83,7 +83,8 @@ CalibrationText = Annotated[
     Path | None,
     typer.Option(
         "--calibration",
-        help="Text that calibrating passes read, documents separated by <|endoftext|>.",
+        help="Text that calibrating passes read, documents separated by <|endoftext|>; by default the prose and code "
+        "that come with hikui.",
         show_default=False,
     ),
 ]

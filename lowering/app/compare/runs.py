@@ -20,6 +20,7 @@ from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
 from hikui.lowering.json_text import parse_json
 from hikui.lowering.pipeline.recipe import Recipe
+from hikui.models import calibration as built_in
 
 FLOAT = "float model"
 """Label of the model as it was traced, which differences are from."""
@@ -139,8 +140,6 @@ def _runs_of_recipe(
         if not any(step.calibrates for step in chosen.build(available_passes())):
             yield Run(label, model, reading, chosen)
             continue
-        if reading.calibration is None:
-            raise UsageError(f"Recipe {recipe.name} needs text to calibrate on; give some with --calibration FILE.")
         for seed in seeds:
             drawn = chosen.calibration.model_copy(update={"seed": seed})
             yield Run(label, model, reading, chosen.model_copy(update={"calibration": drawn}), True, seed)
@@ -210,7 +209,7 @@ def keys(traced: Program, runs: Sequence[Run]) -> list[str]:
         "stride": reading.stride,
         "context": reading.context,
     }
-    calibration = "" if reading.calibration is None else sha256(reading.calibration)
+    calibration = sha256(built_in.path() if reading.calibration is None else reading.calibration)
     known, keys = available_passes(), []
     for run in runs:
         subject = {

@@ -259,7 +259,6 @@ def test_a_wrong_request_is_refused_before_anything_runs(
     plain = Reading(stories)
     for words, options in (
         ("nothing to compare", {}),
-        ("Recipe calibrated needs text to calibrate on", {"reading": plain, "recipes": ["int8", calibrated]}),
         ("Did you mean 'int4'", {"recipes": ["int44"]}),
         ("each given once", {"recipes": ["int8"], "seeds": [1, 1]}),
         ("Two things to compare are called int8", {"recipes": ["int8", "int8"]}),

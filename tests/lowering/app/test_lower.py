@@ -2,6 +2,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,18 @@ import yaml
 import hikui
 from hikui.lowering.app.assemble import Prepared, require_room
 from hikui.lowering.app.lower import build, lower, make_artefact, prepare, resume_folder
-from hikui.lowering.app.request import Execution, Request
+from hikui.lowering.app.request import Execution, Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact, inventory
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Packed
+from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline.contract import PassContext, PassResult
+from hikui.lowering.pipeline.recipe import CalibrationSettings
 from hikui.lowering.trace import trace
+from hikui.models import calibration as built_in
 from hikui.passes.quantise.packer import Packer
 from hikui.passes.quantise.rtn import Rtn
 
@@ -76,17 +80,41 @@ def test_the_budget_can_be_set_and_one_that_is_too_small_names_the_smallest(
         prepare(Request(tiny, "mixed-5.5bit", calibration=stories, target_bpw=1.0))
 
 
-def test_a_recipe_that_calibrates_wants_text_before_any_work(tiny: Path, tmp_path: Path) -> None:
-    done: list[str] = []
-    with pytest.raises(HikuiError, match="calibrate measures .* --calibration"):
-        lower(
-            tiny,
-            tmp_path / "out",
-            recipe="mixed-5.5bit",
-            execution=Execution(progress=lambda label, _, __: done.append(label)),
-        )
-    assert done == []
-    assert list(tmp_path.iterdir()) == []
+def test_without_a_text_a_recipe_measures_on_the_one_that_comes_with_hikui(tiny: Path) -> None:
+    """The same windows as when the file is named, and the manifest says which file it was."""
+    told: list[str] = []
+    chosen = load_recipe("mixed-5.5bit").model_copy(update={"calibration": CalibrationSettings(samples=2, tokens=24)})
+    silent = prepare(Request(tiny, chosen, target_bpw=7.0), Execution(announce=told.append))
+    named = prepare(Request(tiny, chosen, calibration=built_in.path(), target_bpw=7.0))
+    assert silent.calibration == named.calibration
+    assert silent.calibration is not None
+    assert silent.calibration["text"] == "english.txt"
+    assert silent.calibration["tokens"] == 48
+    assert to_text(silent.program) == to_text(named.program)
+    assert any("measured on 48 tokens of the English prose and code" in sentence for sentence in told)
+
+
+def test_without_text_and_tokenizer_tokens_are_drawn_and_that_is_a_warning(tiny: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    chosen = load_recipe("mixed-5.5bit").model_copy(update={"calibration": CalibrationSettings(samples=2, tokens=24)})
+    twice = [prepare(Request(folder, chosen, target_bpw=7.0)) for _ in range(2)]
+    assert any("measured on 48 random tokens" in sentence for sentence in twice[0].notices)
+    assert twice[0].calibration is not None
+    assert twice[0].calibration["text"] == "random tokens"
+    assert twice[0].calibration == twice[1].calibration
+    other = chosen.model_copy(update={"calibration": CalibrationSettings(samples=2, tokens=24, seed=1)})
+    third = prepare(Request(folder, other, target_bpw=7.0)).calibration
+    assert third is not None and third["sha256"] != twice[0].calibration["sha256"]
+
+
+def test_a_text_without_a_tokenizer_is_still_refused(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(HikuiError, match="has no tokenizer, so .*stories.txt cannot be turned into tokens"):
+        prepare(Request(folder, "mixed-5.5bit", calibration=stories))
 
 
 def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) -> None:
