@@ -67,6 +67,6 @@ KINDS = {
 
 Every kind of more than one bit has a zero. With odd codes alone a small weight moves by half a step away from zero,
 always to the side of its own sign: where an input column is a hundred times as large as the others, as in every real
-language model, these errors do not cancel. SmolLM2-135M in groups of 64 had 3.34 bits a character with the odd 3-bit
-codes −7 … 7 and has 1.62 with −4 … 3 (0.98 in float), although on Gaussian weights the odd ones cost no more.
+language model, these errors do not cancel. SmolLM2-135M in groups of 64 had 3.24 bits a character with the odd 3-bit
+codes −7 … 7 and has 1.33 with −4 … 3 (0.98 in float), although the matrices themselves are rounded about as well.
 """

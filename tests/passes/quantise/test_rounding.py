@@ -67,8 +67,8 @@ def test_mse_beats_minmax_and_comes_near_an_exhaustive_search(name: str) -> None
 
 @pytest.mark.parametrize(
     ("kind", "error"),
-    # Of a Gaussian: 1 − 2/π for signs; Max (Quantizing for minimum distortion, 1960), table II, for uniform levels on both
-    # sides of zero alike (int4 comes near them). For −2 … 1 and −4 … 3 the least ∫ (x − ŵ(x))² φ(x) dx over the step.
+    # Of a Gaussian: 1 − 2/π for signs; Max (Quantizing for minimum distortion, 1960), table II, for uniform levels on
+    # both sides of zero alike (int4 is near them). For −2 … 1 and −4 … 3 the least ∫ (x − ŵ(x))² φ(x) dx over the step.
     [("sign", 0.3634), ("ternary", 0.1902), ("int2", 0.1494), ("int3", 0.0406), ("int4", 0.01154)],
 )
 def test_a_gaussian_channel_loses_what_theory_says(kind: str, error: float) -> None:
