@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,7 @@ class Bench:
     """
 
     def __init__(self, model: Path, texts: Sequence[Path], pieces: int, tokens: int) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(model)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(model)
         self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         self._ids: list[Tensor] = []
         self._characters = 0
@@ -75,7 +76,8 @@ class Bench:
                 ids = tokenizer(document)["input_ids"][:tokens]
                 self._ids.append(torch.tensor([ids]))
                 self._characters += len(tokenizer.decode(ids)) - len(tokenizer.decode(ids[:1]))
-        self.names, self.linears = [], []
+        self.names: list[str] = []
+        self.linears: list[nn.Linear] = []
         for name, module in self._blocks().named_modules():
             if isinstance(module, nn.Linear):
                 self.names.append(name)
@@ -140,11 +142,11 @@ def formats(kinds: str, groups: str) -> Iterator[Format]:
             yield Format.parse(f"{kind}-channel" if group == "channel" else f"{kind}-g{group}")
 
 
-def table(head: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
+def table(head: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown, kind after kind, under what they were measured on."""
     order = {kind: index for index, kind in enumerate(KINDS)}
 
-    def place(row: dict[str, object]) -> tuple[int, float]:
+    def place(row: dict[str, Any]) -> tuple[int, float]:
         fmt = Format.parse(str(row["format"]))
         return order[fmt.kind], math.inf if fmt.group is None else fmt.group
 
@@ -177,7 +179,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options.model, options.text, options.pieces, options.tokens)
-    head: dict[str, object] = {
+    head: dict[str, Any] = {
         "model": options.model.name,
         "texts": [path.name for path in options.text],
         "pieces": options.pieces * len(options.text),
@@ -186,7 +188,7 @@ def main() -> None:
         "float_a8": bench.figures(int8=True)[0],
     }
     kept = options.out.with_suffix(".json")
-    found = json.loads(kept.read_text("utf-8")) if kept.exists() else {"head": head, "rows": []}
+    found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {"head": head, "rows": []}
     if found["head"] != head:
         parser.error(f"{kept} was measured on something else; remove it, or choose another --out.")
     done = {row["format"] for row in found["rows"]}
