@@ -129,7 +129,7 @@ class Bench:
         )
 
 
-def _to_int8(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+def _to_int8(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     (x,) = inputs
     q, scale, _ = quantize_activation(x)
     return (q[..., : x.shape[-1]] * scale.unsqueeze(-1),)
