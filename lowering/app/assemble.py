@@ -123,7 +123,7 @@ def assemble(
     progress("hashes", 0, 1)
     files = artefacts.inventory(directory)
     manifest = artefacts.Manifest(
-        schema_version=1,
+        schema_version=artefacts.SCHEMA_VERSION,
         backend=backend.name,
         target=artefacts.TargetEntry(
             name=target.name,

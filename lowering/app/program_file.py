@@ -12,6 +12,7 @@ from hikui.lowering.checkpoint.folder import Checkpoint
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.files import write_whole
 from hikui.lowering.huggingface.tokenizer import ModelTokenizer
+from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.reader import from_text
 from hikui.lowering.ir.store import TensorSource, WeightStore
@@ -20,6 +21,9 @@ SUFFIX = ".ir"
 
 _HEAD = 100
 """Lines of comments that may stand before the word `program`."""
+
+_CODES = {"hikui.codes": "2"}
+"""In the metadata of saved weights: what codes int2 and int3 have. Files without it may hold the odd ones of before."""
 
 
 def is_program(model: str) -> bool:
@@ -52,7 +56,7 @@ def read_program(
 
     Raises:
         UsageError: the file cannot be read or is no program.
-        HikuiError: the weights are not those that the text names.
+        HikuiError: the weights are not those that the text names, or packed with codes of before.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -63,7 +67,29 @@ def read_program(
     store = None if weights is None else WeightStore(dict(_sources(weights)))
     program = from_text(text, store, source=path.name, seed=seed)
     program.tokenizer = tokenizer
+    if weights is not None and weights.is_file():
+        _refuse_old_codes(program, weights)
     return program
+
+
+def _refuse_old_codes(program: Program, weights: Path) -> None:
+    """Raises HikuiError where a file gives int2 or int3 weights and does not say that it has their codes of today."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        names, said = frozenset(file.keys()), file.metadata() or {}
+    if _CODES.items() <= said.items():
+        return
+    for node in program.graph.nodes:
+        if not is_packed(node):
+            continue
+        packed = PackedLinear.of(node)
+        key = program.weight_of(packed.weight)
+        if packed.format.kind in ("int2", "int3") and key in names:
+            raise HikuiError(
+                f"{weights} does not say which codes '{key}' ({packed.format}) has, and those of int2 and int3 have "
+                "changed; make the file again with --save-weights."
+            )
 
 
 def _sources(weights: Path) -> Mapping[str, TensorSource]:
@@ -87,7 +113,7 @@ def save_weights(program: Program, path: Path) -> None:
         # Two names may share memory, which the format does not have.
         tensors[key] = program.store.load(key).clone().contiguous()
     try:
-        write_whole(path, partial(save_file, tensors))
+        write_whole(path, partial(save_file, tensors, metadata=_CODES))
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise HikuiError(f"{path} cannot be written: {reason}; choose another --save-weights.") from error

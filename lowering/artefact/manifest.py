@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,10 @@ TOKENIZER = "tokenizer"
 REFERENCE_TOLERANCE = "reference_tolerance"
 """Name of the metric that says how far a runner's logits may be from the reference's, relative to the largest one."""
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 2
+
+_CHANGES = {1: "int2 and int3 have other codes since then, and groups fit K"}
+"""What an older schema's artefacts have otherwise, by its version."""
 
 _MOST_BYTES = 64 << 20
 """Of a manifest: some 300,000 sites."""
@@ -121,7 +124,7 @@ class Manifest(_Entry):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
-    schema_version: Literal[1] = Field(validation_alias="schema", serialization_alias="schema")
+    schema_version: Literal[2] = Field(validation_alias="schema", serialization_alias="schema")
     backend: str
     target: TargetEntry
     model: ModelEntry
@@ -272,6 +275,11 @@ def read_manifest(directory: Path) -> Manifest:
     except ValueError:
         raise HikuiError(f"{path} is damaged: it is not JSON; copy the folder again.") from None
     found = content.get("schema") if isinstance(content, dict) else None
+    if isinstance(found, int) and found in _CHANGES:
+        raise HikuiError(
+            f"{path} has schema version {found}, this hikui reads {SCHEMA_VERSION}: {_CHANGES[found]}; lower the model "
+            "again, or use the hikui that made it."
+        )
     if found != SCHEMA_VERSION:
         raise HikuiError(
             f"{path} has schema version {found}, but this hikui reads {SCHEMA_VERSION}; lower the model again, or use "

@@ -5,7 +5,7 @@ horizontal sum, and 4 neighbouring input columns, which is what the integer dot 
 docs/architecture.md has the layout in a table.
 """
 
-from hikui.lowering.formats.activations import activation_k, quantize_activation, quantize_activation_static
+from hikui.lowering.formats.activations import quantize_activation, quantize_activation_static
 from hikui.lowering.formats.cache import CODE_TYPES, cache_format, dequantize_cache, quantize_cache
 from hikui.lowering.formats.format import (
     ACTIVATION_PADDING,
@@ -14,8 +14,11 @@ from hikui.lowering.formats.format import (
     MIXED,
     ROWS,
     SUM_WIDTH,
+    WIDEST_GROUP,
     Format,
     Segment,
+    activation_k,
+    is_group,
 )
 from hikui.lowering.formats.kinds import FP4, KINDS, NF4, Kind
 from hikui.lowering.formats.packing import Packed, pack, unpack, unpack_codes, unpack_scale
@@ -31,6 +34,7 @@ __all__ = [
     "NF4",
     "ROWS",
     "SUM_WIDTH",
+    "WIDEST_GROUP",
     "Format",
     "Kind",
     "Packed",
@@ -38,6 +42,7 @@ __all__ = [
     "activation_k",
     "cache_format",
     "dequantize_cache",
+    "is_group",
     "pack",
     "quantize_activation",
     "quantize_activation_static",

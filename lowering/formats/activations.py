@@ -4,17 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hikui.lowering.formats.format import ACTIVATION_PADDING, SUM_WIDTH, round_up
+from hikui.lowering.formats.format import SUM_WIDTH, activation_k
 
 _LARGEST = {8: 127, 4: 7}
 
 TINY = 2.0**-100
 """Rows whose largest magnitude is no more than this count as zero: its inverse would not be finite."""
-
-
-def activation_k(k: int) -> int:
-    """Columns of a quantised activation of k values."""
-    return round_up(k, ACTIVATION_PADDING)
 
 
 def quantize_activation(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ SUM_WIDTH = 32
 """Input columns that share one entry of an activation's `sums`; every group is a multiple of it."""
 
 ACTIVATION_PADDING = 128
-"""Quantised activations are padded to this many columns, the widest group."""
+"""Quantised activations are padded to this many columns."""
 
 LEAST_SCALE = 2.0**-22
 """Below it a float16 scale is no more than three steps of 2⁻²⁴ above zero.
@@ -27,6 +28,10 @@ gone.
 """
 
 GROUPS = (32, 64, 128)
+"""The usual groups: what `mixed` takes, and what is tried where a group is searched."""
+
+WIDEST_GROUP = 256
+
 MIXED = "mixed"
 FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -39,6 +44,35 @@ _PATTERN = re.compile(
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below `value`."""
     return -(-value // multiple) * multiple
+
+
+def activation_k(k: int) -> int:
+    """Columns of a quantised activation of k values."""
+    return round_up(k, ACTIVATION_PADDING)
+
+
+def is_group(group: int) -> bool:
+    """Whether so many columns may share a scale."""
+    return 0 < group <= WIDEST_GROUP and group % SUM_WIDTH == 0
+
+
+@cache
+def fitting_group(group: int, k: int) -> int:
+    """The group that K columns are cut into where `group` is asked for.
+
+    The group itself where it divides K, which is first rounded up to a multiple of 32; else the nearest multiple of 32
+    above its half and up to one and a half of it that does, of two alike the smaller, so that nothing is padded. Where
+    there is none, 32, 64 and 128 pad K to whole groups. Others would pad it beyond the columns of a quantised
+    activation, which are multiples of 128: they take what suits the fewest columns up to these.
+    """
+    whole = round_up(k, SUM_WIDTH)
+    padding = ACTIVATION_PADDING % group == 0
+    for width in range(whole, whole + 1 if padding else activation_k(k) + 1, SUM_WIDTH):
+        near = range(round_up(group // 2 + 1, SUM_WIDTH), group + group // 2 + 1, SUM_WIDTH)
+        fitting = [size for size in near if width % size == 0]
+        if fitting:
+            return min(fitting, key=lambda size: (abs(size - group), size))
+    return group if padding else ACTIVATION_PADDING
 
 
 class Segment(NamedTuple):
@@ -55,7 +89,8 @@ class Format:
 
     Attributes:
         kind: a key of `KINDS`, `mixed`, `float16` or `float32`.
-        group: input columns that share a scale; None is one scale a row (and the only value for floats).
+        group: input columns that share a scale, a multiple of 32; None is one scale a row (and the only value for
+            floats). A matrix whose columns it does not divide may be cut into others: see `group_size`.
         columns: for `mixed`, how many leading columns are `int4`; the others are `sign`. Which columns lead is the
             affair of whoever permutes them.
     """
@@ -79,10 +114,10 @@ class Format:
                 )
         elif self.columns is not None:
             raise UsageError(f"Format '{self.kind}' stores all columns alike; only 'mixed' takes a number of them.")
-        elif self.group is not None and (not self.is_integer or self.group not in GROUPS):
+        elif self.group is not None and (not self.is_integer or not is_group(self.group)):
             raise UsageError(
-                f"Format '{self.kind}' cannot have a group of {self.group}; integer formats take "
-                f"{groups} or channel, float formats take none."
+                f"Format '{self.kind}' cannot have a group of {self.group}; integer formats take {groups}, another "
+                f"multiple of {SUM_WIDTH} up to {WIDEST_GROUP}, or channel, float formats take none."
             )
 
     @staticmethod
@@ -158,15 +193,22 @@ class Format:
         return tuple(Segment(*end) for end in ends if end[1] < end[2])
 
     def group_size(self, k: int) -> int:
-        """Columns in a group for a matrix of k input columns: a group above k becomes the channel (not for `mixed`)."""
-        if self.group is None or (self.group > k and not self.is_mixed):
+        """Columns in a group for a matrix of k input columns.
+
+        A group above k becomes the channel, and one that does not divide k a nearby one that does, as `fitting_group`
+        finds it. For `mixed` it is the group, whatever k.
+        """
+        if self.is_mixed:
+            assert self.group is not None
+            return self.group
+        if self.group is None or self.group > k:
             return round_up(k, SUM_WIDTH)
-        return self.group
+        return fitting_group(self.group, k)
 
     def padded_k(self, k: int) -> int:
         """Columns stored: whole groups, for `mixed` as many as the activation has once quantised."""
         if self.is_mixed:
-            return round_up(k, ACTIVATION_PADDING)
+            return activation_k(k)
         return round_up(k, self.group_size(k)) if self.is_integer else k
 
     def groups(self, k: int) -> int:
@@ -209,11 +251,15 @@ class Format:
     def notes(self, n: int, k: int) -> list[str]:
         """What a reader of the report should know of this format on an n×k matrix."""
         out = []
-        if self.is_integer and not self.is_mixed and self.group is not None and self.group > k:
+        size = self.group_size(k) if self.is_integer else None
+        if self.group is not None and not self.is_mixed and self.group > k:
             out.append(f"group {self.group} is wider than K={k}: one group for the whole channel")
-        elif self.is_integer and self.padded_k(k) != k:
-            filled = ACTIVATION_PADDING if self.is_mixed else self.group_size(k)
-            out.append(f"K={k} is padded to {self.padded_k(k)} to fill the last group of {filled}")
+        elif size is not None:
+            if self.group not in (None, size):
+                out.append(f"groups of {size} columns instead of {self.group}, which does not divide K={k}")
+            if self.padded_k(k) != k:
+                filled = ACTIVATION_PADDING if self.is_mixed else size
+                out.append(f"K={k} is padded to {self.padded_k(k)} to fill the last group of {filled}")
         if n % ROWS:
             out.append(f"N={n} is padded to {round_up(n, ROWS)} rows")
         return out

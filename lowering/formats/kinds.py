@@ -55,12 +55,18 @@ class Kind:
 
 KINDS = {
     "sign": Kind(1, 1, (-1, 1)),
-    "int2": Kind(2, 2, (-3, -1, 1, 3)),
+    "int2": Kind(2, 2, tuple(range(-2, 2))),
     "ternary": Kind(2, 2, (-1, 0, 1)),
-    "int3": Kind(3, 3, tuple(range(-7, 8, 2))),
+    "int3": Kind(3, 3, tuple(range(-4, 4))),
     "int4": Kind(4, 4, tuple(range(-8, 8))),
     "nf4": Kind(4, 4, NF4),
     "fp4": Kind(4, 4, FP4),
     "int8": Kind(8, 8, None),
 }
-"""Every kind whose columns are all stored alike; `mixed` is made of `int4` and `sign`."""
+"""Every kind whose columns are all stored alike; `mixed` is made of `int4` and `sign`.
+
+Every kind of more than one bit has a zero. With odd codes alone a small weight moves by half a step away from zero,
+always to the side of its own sign: where an input column is a hundred times as large as the others, as in every real
+language model, these errors do not cancel. SmolLM2-135M in groups of 64 had 3.24 bits a character with the odd 3-bit
+codes −7 … 7 and has 1.33 with −4 … 3 (0.98 in float), although the matrices themselves are rounded about as well.
+"""

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
-from hikui.lowering.formats import GROUPS, KINDS, Format, Packed, pack
+from hikui.lowering.formats import KINDS, SUM_WIDTH, WIDEST_GROUP, Format, Packed, pack
 from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
 from hikui.lowering.ir.store import Transposed
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
@@ -23,16 +23,19 @@ from hikui.passes.quantise.rounding import dequantise, round_matrix
 _EXACT = ("sign", "ternary", "int2", "int3", "int4", "int8")
 """The kinds that may hold the codes of a checkpoint, the smallest first."""
 
+_TURNED = ("int2", "int3", "int4")
+"""Those with one level more below zero than above, which a group whose scale is negative has above."""
+
 
 @dataclass(frozen=True)
 class Adopt(Pass):
     """Packs the sites of a GPTQ or AWQ checkpoint without rounding them again.
 
     A weight of theirs is scale · (field − zero); ours is scale · code. So the code is field − zero, and each site gets
-    the smallest kind that holds all of its codes: symmetric 4 bits are int4, symmetric 3 and 2 bits are int4 too (they
-    have a zero, our int3 and int2 have odd codes), any other zeros make up to twice as many codes and take int8. Groups
-    of a multiple of 32, 64 or 128 columns are kept or split; act-order becomes a gather of the activation. Sites that
-    `override` gave a format, and sites of floats, are left to `rtn`.
+    the smallest kind that holds all of its codes: symmetric 4, 3 and 2 bits are int4, int3 and int2, any other zeros
+    make up to twice as many codes and take a kind of more bits. Groups of a multiple of 32 columns are kept, or split
+    into groups of at most 256; act-order becomes a gather of the activation. Sites that `override` gave a format, and
+    sites of floats, are left to `rtn`.
 
     Attributes:
         lossy: a format for the sites whose codes no kind of at most its bits holds, as `int4-g64`: they are rounded to
@@ -205,8 +208,10 @@ def _blocks(groups: Tensor) -> _Blocks | str:
     settled = bool((groups[1:] >= groups[:-1]).all())
     order = None if settled else torch.sort(groups, stable=True).indices
     ordered = groups if order is None else groups[order]
-    for size in (None, *sorted(GROUPS, reverse=True)):
+    for size in (None, *range(WIDEST_GROUP, 0, -SUM_WIDTH)):
         width = Format("int8", size).group_size(k)
+        if size not in (None, width):
+            continue
         firsts = ordered[::width]
         if torch.equal(firsts.repeat_interleave(width)[:k], ordered):
             return _Blocks(order, size, firsts, width)
@@ -221,7 +226,7 @@ def _exact_kind(matrix: QuantisedMatrix, blocks: _Blocks, saturate: bool) -> _Fo
     odd = True
     lowest = 0
     low, high = 0, 0
-    fits_int4 = True
+    fits = dict.fromkeys(_TURNED, True)
     for part in row_parts(n, k):
         grid = matrix.rows(part.start, part.stop).grid()
         half = grid.scale.to(torch.float16).float()
@@ -232,11 +237,13 @@ def _exact_kind(matrix: QuantisedMatrix, blocks: _Blocks, saturate: bool) -> _Fo
         low, high = min(low, int(codes.min())), max(high, int(codes.max()))
         lowest += int((codes == -128).sum())
         least, most = _grouped(codes, blocks).aminmax(dim=-1)
-        turned = most > 7
-        fits_int4 = fits_int4 and bool(torch.where(turned, (most <= 8) & (least >= -7), least >= -8).all())
+        for kind, (lowest_level, *_, highest_level) in ((kind, KINDS[kind].levels) for kind in _TURNED):
+            as_it_is = (least >= lowest_level) & (most <= highest_level)
+            turned = (least >= -highest_level) & (most <= -lowest_level)
+            fits[kind] = fits[kind] and bool((as_it_is | turned).all())
     for kind in _EXACT:
         levels = KINDS[kind].levels
-        held = fits_int4 if kind == "int4" else low >= levels[0] and high <= levels[-1]
+        held = fits.get(kind, low >= levels[0] and high <= levels[-1])
         if held and (odd or KINDS[kind].step == 1):
             return _Found(kind, 0)
     if low >= -128 and high <= 127:
@@ -255,9 +262,9 @@ def _pack_codes(matrix: QuantisedMatrix, blocks: _Blocks, fmt: Format, *, satura
         codes, scale = grid.codes(groups), grid.scale[:, blocks.groups]
         if blocks.order is not None:
             codes = codes[:, blocks.order]
-        if fmt.kind == "int4":
-            # A group that reaches 8 is turned round: int4 has its extra level on the side of its scale's sign.
-            turned = _grouped(codes, blocks, ordered=True).amax(dim=-1) > 7
+        if fmt.kind in _TURNED:
+            # A group that reaches beyond the highest level is turned round: it has the lowest one above zero.
+            turned = _grouped(codes, blocks, ordered=True).amax(dim=-1) > fmt.levels[-1]
             scale = torch.where(turned, -scale, scale)
             codes = torch.where(turned.repeat_interleave(blocks.width, dim=1)[:, :k], -codes, codes)
         if saturate:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import Format, Segment
+from hikui.lowering.formats import WIDEST_GROUP, Format, Segment
 from hikui.passes.measure import linalg
 from hikui.passes.measure.evidence import Evidence
 from hikui.passes.quantise.descent import descend
@@ -163,10 +163,13 @@ def compensate(weight: Tensor, fmt: Format, factor: Factor, clip: str, importanc
 
 
 def _parts(k: int, starts: list[int], *, own_order: bool) -> list[tuple[int, int]]:
-    """Blocks of columns; in their own order none crosses the start of a group."""
+    """Blocks of columns; in their own order none crosses the start of a group, nor cuts one whose scale is met."""
     cuts = {*range(0, k, _BLOCK), k}
     if own_order:
         cuts |= {start for start in starts if start < k}
+        for start, stop in pairwise([*starts, k]):
+            if stop - start <= WIDEST_GROUP:
+                cuts -= set(range(start + 1, stop))
     ends = sorted(cuts)
     return list(pairwise(ends))
 
@@ -185,7 +188,9 @@ class _Scales:
         self.table = torch.zeros(len(self._groups), n)
         self._inverse = torch.zeros_like(self.table)
         self._group_of = [index for index, (_, start, stop) in enumerate(self._groups) for _ in range(start, stop)]
-        whole = {index for index, (_, start, stop) in enumerate(self._groups) if beforehand or stop - start > _BLOCK}
+        whole = {
+            index for index, (_, start, stop) in enumerate(self._groups) if beforehand or stop - start > WIDEST_GROUP
+        }
         for index in sorted(whole):
             _, start, stop = self._groups[index]
             if start < k:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hikui.lowering.formats import KINDS, Format, Segment
-from hikui.passes.quantise.rounding import GRID, NARROWEST, WIDEST, Rounded, group_codes, round_matrix, to_float16
+from hikui.passes.quantise.rounding import Rounded, grid, group_codes, round_matrix, to_float16
 
 _CHUNK = 1 << 20
 """Weights rounded at a time; enough rows that what meets a whole channel's metric is a product of matrices."""
@@ -133,16 +133,12 @@ class _Search:
 
     def _grid(self) -> Iterator[Tensor]:
         """As `round_matrix` searches: from clipping to the covering scale, both ways round where that differs."""
-        levels = KINDS[self._kind].levels
-        low, high = levels[0], levels[-1]
+        low, high = KINDS[self._kind].levels[0], KINDS[self._kind].levels[-1]
         position = self._grouped.abs().argmax(dim=-1, keepdim=True)
         covering = self._grouped.gather(-1, position).squeeze(-1) / low
         if low == -high:
             covering = covering.abs()
-        ratios = torch.linspace(NARROWEST[self._kind], WIDEST.get(self._kind, -low / high), GRID).tolist()
-        if levels != tuple(-level for level in reversed(levels)) and low == -high:
-            ratios += [-ratio for ratio in ratios]
-        return (covering * ratio for ratio in (1.0, *ratios))
+        return (covering * ratio for ratio in (1.0, *grid(self._kind)))
 
     def _offer(self, scale: Tensor, codes: Tensor | None = None) -> None:
         """Tries a scale, with the nearest codes where none are given."""

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import GROUPS, KINDS, Format
+from hikui.lowering.formats import GROUPS, KINDS, SUM_WIDTH, WIDEST_GROUP, Format, is_group
 from hikui.lowering.ir.program import FORMAT, Program
 from hikui.lowering.pipeline.contract import Pass
 from hikui.passes.graph import float_sites, selected
@@ -31,7 +31,7 @@ def chosen_format(name: str, bits: int, group: int, text: str, kinds: Mapping[in
     Args:
         name: the pass's, for messages.
         bits: a key of `kinds`.
-        group: 32, 64 or 128; 0 is the whole channel.
+        group: a multiple of 32 up to 256; 0 is the whole channel.
         text: a format by its name instead of both, or empty.
         kinds: kind by bits.
 
@@ -40,9 +40,10 @@ def chosen_format(name: str, bits: int, group: int, text: str, kinds: Mapping[in
     """
     if bits not in kinds:
         raise UsageError(f"{name} cannot round to {bits} bits; it takes {', '.join(map(str, kinds))}.")
-    if group not in (0, *GROUPS):
+    if group and not is_group(group):
         raise UsageError(
-            f"{name} cannot take a group of {group}; choose {', '.join(map(str, GROUPS))}, or 0 for the channel."
+            f"{name} cannot take a group of {group}; choose {', '.join(map(str, GROUPS))}, another multiple of "
+            f"{SUM_WIDTH} up to {WIDEST_GROUP}, or 0 for the channel."
         )
     if text and (bits, group) != (BITS, GROUP):
         raise UsageError(f"{name} takes either format, or bits and group; leave out one or the other.")
@@ -65,7 +66,8 @@ class Rounder(Pass, Generic[Prepared]):
 
     Attributes:
         bits: 1 (signs), 2, 3, 4 or 8.
-        group: input columns that share a scale: 32, 64 or 128; 0 is the whole channel.
+        group: input columns that share a scale: 32, 64, 128 or another multiple of 32 up to 256; 0 is the whole
+            channel. A matrix that it does not divide is cut into the nearest groups that do, without padding.
         format: any integer format by its name, as `ternary-g128` or `nf4-g64`, instead of `bits` and `group`.
         sites: regular expression of the sites to quantise; empty is all.
         skip: regular expression of the sites to leave as they are.

@@ -157,6 +157,8 @@ inline int __dp4a(int a, int b, int sum) {
   return sum;
 }
 
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned((uint64_t(x) * y) >> 32); }
+
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   uint64_t bytes = uint64_t(y) << 32 | x;
   unsigned result = 0;

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from hikui.backends.kernels.cuda import launch
@@ -21,11 +23,12 @@ __all__ = ["emulator"]
 # M, N, K: remainders of the tiles of 1, 4 and 8 rows, of 16 output rows, of 32 and 128 columns, of the 64 steps that a
 # block of threads takes at once and of the several turns that kernels with few bits ask for ahead.
 SHAPES = [(1, 1, 7), (1, 33, 172), (1, 40, 2100), (3, 17, 300), (4, 16, 32), (7, 20, 96), (9, 31, 257), (17, 5, 128)]
+SHAPES += [(1, 17, 576), (5, 3, 1536)]
 
 
 def formats(kind: str, k: int) -> list[Format]:
     if kind != "mixed":
-        return [Format(kind, group) for group in (32, 64, 128, None)]
+        return [Format(kind, group) for group in (32, 64, 96, 128, 192, None)]
     return [Format(kind, group, columns) for group, columns in ((32, 32), (64, 128), (128, 128)) if columns <= k]
 
 
@@ -77,6 +80,18 @@ def test_integer_products_are_exact(emulator: Emulator, kind: str) -> None:
             call = launch.integer(kind, q, two, sums, packed.weight, packed.scale, torch.empty(0), poisoned(m, n))
             y = emulator.run(call)[-1]
             assert torch.equal(y.double(), (q[:, :k].long() @ codes.long().T).double())
+
+
+@given(st.integers(1, 2**26 - 1), st.data())
+@settings(max_examples=300, deadline=None)
+def test_the_group_of_a_step_is_exact(steps: int, data: st.DataObject) -> None:
+    """As `block.group_of` computes it from the factor, wherever the loader lets a matrix through."""
+    width = data.draw(st.integers(1, min(steps, (2**31 - 1) // steps)))
+    groups = max(1, steps // width)
+    whole = groups * width
+    factor = launch._factor(whole, groups) & 0xFFFFFFFF
+    step = data.draw(st.integers(0, whole - 1) | st.sampled_from([0, whole - 1, max(0, whole - width - 1)]))
+    assert ((2 * step) * factor) >> 32 == (0 if groups == 1 else step // width)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -120,6 +120,36 @@ def test_float_activations(runner: Runner, name: str) -> None:
         assert_near(result.tensors[-1], reference)
 
 
+@pytest.mark.parametrize("name", [f"{kind}-g{group}" for kind in KINDS for group in (96, 192)])
+def test_groups_of_any_multiple_of_32(runner: Runner, name: str) -> None:
+    """K of real models that 128 does not divide, and groups of 3, 5 and 6 steps; odd N, all sizes of rows."""
+    fmt = Format.parse(name)
+    generator = torch.Generator().manual_seed(9)
+    calls, references = [], []
+    for m, n, k in ((1, 33, 576), (1, 17, 1536), (3, 49, 576), (17, 19, 1536), (1, 5, 160), (18, 3, 570)):
+        codes, _ = matrix(generator, fmt, n, k)
+        # Float32 counts to 2²⁴: the widest codes take smaller activations.
+        high = min(127, 2**24 // (k * max(map(abs, fmt.levels))))
+        q = torch.zeros(m, activation_k(k), dtype=torch.int8)
+        q[:, :k] = torch.randint(-high, high + 1, (m, k), generator=generator, dtype=torch.int8)
+        q[0, :k], q[-1, : k // 2] = high, -high
+        sums = q.view(m, -1, 32).sum(-1, dtype=torch.int32)
+        scale = torch.exp2(torch.randint(-3, 1, (n, fmt.groups(k)), generator=generator).float())
+        packed = pack(fmt, codes, scale)
+        assert packed.scale is not None and packed.scale.shape[1] * fmt.group_size(k) >= k
+        dense = unpack(fmt, packed.weight, packed.scale, n, k).double()
+        quantised = (q, torch.ones(m), sums, packed.weight, packed.scale, torch.empty(0), poisoned(m, n))
+        calls.append(Recorded(f"hikui_linear_a8_{fmt.kind}", quantised))
+        x = torch.randn(m, k, generator=generator)
+        calls.append(
+            Recorded(f"hikui_linear_{fmt.kind}", (x, packed.weight, packed.scale, torch.empty(0), poisoned(m, n)))
+        )
+        references += [terms(q[:, :k], dense), terms(x, dense)]
+    for result, reference in zip(runner.run(calls), references, strict=True):
+        assert_clean(result, result.tensors[-1])
+        assert_near(result.tensors[-1], reference)
+
+
 @pytest.mark.parametrize("name", [f"{kind}-g64" for kind in KINDS] + ["int4-channel", "int8-g32", "mixed-g64-c128"])
 @pytest.mark.parametrize("rank", [0, 1, 16, 21])
 def test_scales_bias_and_branch(runner: Runner, name: str, rank: int) -> None:

@@ -67,6 +67,17 @@ def start(total, row, per_row, rows, chunk, m_size):
         total[i] = T.float32(0)
 
 
+def group_of(step: Expression, factor: Expression) -> Expression:
+    """The group of a step of 32 columns, ⌊step / steps in a group⌋, without a division.
+
+    Args:
+        step: int32, the step's number.
+        factor: 2³¹ / steps in a group, rounded up, as an unsigned number of 32 bits; 0 where there is one group. The
+            result is exact where steps · steps in a group is below 2³¹.
+    """
+    return T.call_pure_extern("int32", "__umulhi", step + step, factor)
+
+
 Add = Callable[..., None]
 """`add(lane, first_line, first_step, count, operands)`: adds the products of `count` steps from `first_step` on, whose
 weights start at line `first_line`; `operands` are the kernel's own."""

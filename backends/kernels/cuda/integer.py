@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, start
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, group_of, start
 from hikui.backends.kernels.cuda.words import signed, unpack
 from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
 
@@ -24,7 +24,7 @@ class _Operands(NamedTuple):
     scale: Any
     row_steps: Expression
     groups: Expression
-    group_shift: Expression
+    group_factor: Expression
 
 
 def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
@@ -52,7 +52,10 @@ def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
             for u in T.unroll(ahead):
                 unpack(words, codes, packed, u * lines * 4)
                 halves[T.ramp(0, 1, 4)] = operands.scale[
-                    (T.cast(lane.block, "int64") * operands.groups + ((first_step + step[u]) >> operands.group_shift))
+                    (
+                        T.cast(lane.block, "int64") * operands.groups
+                        + group_of(first_step + step[u], operands.group_factor)
+                    )
                     * 4
                     + lane.quarter
                 ]
@@ -109,9 +112,9 @@ def integer(kind: str, rows: int, name: str) -> Any:
         rows: rows of activations that share an unpacked weight, at most 16.
         name: symbol of the kernel.
 
-    The kernel's parameters after the pointers: M, N, steps of 32 columns a row of q, weight lines a block, groups, by
-    how many bits a step's number is shifted down to give its group, steps of 32 columns in the weights, rank of the
-    branch (0: none; then b and t are not read), whether there is a bias. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8
+    The kernel's parameters after the pointers: M, N, steps of 32 columns a row of q, weight lines a block, groups, the
+    factor that gives a step's group (`block.group_of`), steps of 32 columns in the weights, rank of the branch (0:
+    none; then b and t are not read), whether there is a bias. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8
     threads.
     """
     # The unit of the bytes' values goes into the sums of a lane once, or where two kinds meet into their scales.
@@ -139,7 +142,7 @@ def integer(kind: str, rows: int, name: str) -> Any:
         row_steps: T.int32,
         lines: T.int32,
         groups: T.int32,
-        group_shift: T.int32,
+        group_factor: T.int32,
         steps: T.int32,
         rank: T.int32,
         has_bias: T.int32,
@@ -166,7 +169,7 @@ def integer(kind: str, rows: int, name: str) -> Any:
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
         start(total, row, 4, rows, chunk, m_size)
-        operands = T.meta_var(_Operands(q, q_sums, weight, scale, row_steps, groups, group_shift))
+        operands = T.meta_var(_Operands(q, q_sums, weight, scale, row_steps, groups, group_factor))
         here = T.meta_var(Lane(total, row, quarter, place, block))
         add_segments(add, wide_lines, here, lines, steps, operands)
         _scale_and_branch(here, rows, common, halves, q_scale, b, t, rank)

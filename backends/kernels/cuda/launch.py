@@ -74,7 +74,7 @@ def integer(
     steps = _steps(kind, weight, q.shape[1])
     rank = 0 if t is None else t.shape[1]
     pointers = (q, q_scale, q_sums, weight, scale, bias, bias if b is None else b, bias if t is None else t, y)
-    sizes = (m, n, q.shape[1] // SUM_WIDTH, weight.shape[1], groups, _shift(steps, groups), steps, rank)
+    sizes = (m, n, q.shape[1] // SUM_WIDTH, weight.shape[1], groups, _factor(steps, groups), steps, rank)
     return Launch(integer_symbol(kind, rows), _grid(m, n, rows), _THREADS, (*pointers, *sizes, int(bias.numel() > 0)))
 
 
@@ -85,7 +85,7 @@ def weight_only(kind: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
     groups = scale.shape[1]
     steps = _steps(kind, weight, activation_k(x.shape[1]))
     symbol = weight_only_symbol(kind, str(x.dtype).removeprefix("torch."), rows)
-    sizes = (m, n, x.shape[1], weight.shape[1], groups, _shift(steps, groups), steps, int(bias.numel() > 0))
+    sizes = (m, n, x.shape[1], weight.shape[1], groups, _factor(steps, groups), steps, int(bias.numel() > 0))
     return Launch(symbol, _grid(m, n, rows), _THREADS, (x, weight, scale, bias, y, *sizes))
 
 
@@ -114,6 +114,7 @@ def _steps(kind: str, weight: Tensor, quantised: int) -> int:
     return quantised // SUM_WIDTH if kind == MIXED else weight.shape[1] // KINDS[kind].lines
 
 
-def _shift(steps: int, groups: int) -> int:
-    """By how many bits a step's number is shifted down to give its group: all away where there is one group."""
-    return 31 if groups == 1 else (steps // groups).bit_length() - 1
+def _factor(steps: int, groups: int) -> int:
+    """What `block.group_of` makes a step's group of, as an int32 of the same bits."""
+    factor = 0 if groups == 1 else -(-(1 << 31) // (steps // groups))
+    return factor - (factor >> 31 << 32)

@@ -169,17 +169,20 @@ int check_matrix(const char* kind, const hikui_cuda_matrix& matrix) {
     return fail("A matrix of %d rows, %d columns, %d lines and %d groups is none.", matrix.n, matrix.columns,
                 matrix.lines, matrix.groups);
   const int32_t group = matrix.columns / matrix.groups;
-  if (matrix.columns % matrix.groups || group % 32 || (matrix.groups > 1 && (group & (group - 1))))
-    return fail("%d columns do not fall into %d groups of a power of two, 32 at least.", matrix.columns, matrix.groups);
+  if (matrix.columns % matrix.groups || group % 32)
+    return fail("%d columns do not fall into %d groups of a multiple of 32.", matrix.columns, matrix.groups);
+  // The kernels multiply by an inverse to find a step's group; beyond this it would not be exact.
+  if (matrix.groups > 1 && static_cast<int64_t>(matrix.columns / 32) * (group / 32) >= int64_t{1} << 31)
+    return fail("%d columns in groups of %d are more than the kernels count.", matrix.columns, group);
   if (!matrix.weight || !matrix.scale) return fail("A matrix lacks the address of its weight or scale.");
   return 0;
 }
 
-int group_shift(const hikui_cuda_matrix& matrix) {
-  int shift = 0;
-  if (matrix.groups == 1) return 31;
-  while (matrix.columns / matrix.groups >> (shift + 6)) shift++;
-  return shift;
+// As `_factor` of launch.py.
+int32_t group_factor(const hikui_cuda_matrix& matrix) {
+  if (matrix.groups == 1) return 0;
+  const uint32_t steps = static_cast<uint32_t>(matrix.columns / matrix.groups / 32);
+  return static_cast<int32_t>(((uint32_t{1} << 31) + steps - 1) / steps);
 }
 
 }  // namespace
@@ -263,7 +266,7 @@ int hikui_cuda_linear_a8(struct hikui_cuda* cuda, const char* kind, struct hikui
   Arguments arguments;
   arguments.addresses(activation.q, activation.scale, activation.sums, matrix.weight, matrix.scale, bias, branch.b,
                       branch.t, y);
-  arguments.sizes(activation.m, matrix.n, activation.columns / 32, matrix.lines, matrix.groups, group_shift(matrix),
+  arguments.sizes(activation.m, matrix.n, activation.columns / 32, matrix.lines, matrix.groups, group_factor(matrix),
                   matrix.columns / 32, branch.rank, bias != 0);
   return launch(cuda, symbol, blocks(matrix.n, 16), blocks(activation.m, rows), &arguments);
 }
@@ -279,7 +282,7 @@ int hikui_cuda_linear(struct hikui_cuda* cuda, const char* kind, const char* dty
   snprintf(symbol, sizeof symbol, "hikui_linear_%s_%s_m%d", kind, dtype, rows);
   Arguments arguments;
   arguments.addresses(x, matrix.weight, matrix.scale, bias, y);
-  arguments.sizes(m, matrix.n, k, matrix.lines, matrix.groups, group_shift(matrix), matrix.columns / 32,
+  arguments.sizes(m, matrix.n, k, matrix.lines, matrix.groups, group_factor(matrix), matrix.columns / 32,
                   bias != 0);
   return launch(cuda, symbol, blocks(matrix.n, 16), blocks(m, rows), &arguments);
 }

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, start
+from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, group_of, start
 from hikui.backends.kernels.cuda.words import unpack, unsigned
 from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
 
@@ -22,7 +22,7 @@ class _Operands(NamedTuple):
     scale: Any
     k_size: Expression
     groups: Expression
-    group_shift: Expression
+    group_factor: Expression
 
 
 def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
@@ -34,8 +34,8 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
         rows: rows of activations that share an unpacked weight, at most 16.
         name: symbol of the kernel.
 
-    The kernel's parameters after the pointers: M, N, K, weight lines a block, groups, by how many bits a step's number
-    is shifted down to give its group, steps of 32 columns in the weights, whether there is a bias. x is aligned to four
+    The kernel's parameters after the pointers: M, N, K, weight lines a block, groups, the factor that gives a step's
+    group (`block.group_of`), steps of 32 columns in the weights, whether there is a bias. x is aligned to four
     elements. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8 threads.
     """
     add = [_add_steps(part, dtype, rows) for part in SEGMENTS[kind]]
@@ -53,7 +53,7 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
         k_size: T.int32,
         lines: T.int32,
         groups: T.int32,
-        group_shift: T.int32,
+        group_factor: T.int32,
         steps: T.int32,
         has_bias: T.int32,
     ):
@@ -74,7 +74,7 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
         start(total, row, 4, rows, chunk, m_size)
-        operands = T.meta_var(_Operands(x, weight, scale, k_size, groups, group_shift))
+        operands = T.meta_var(_Operands(x, weight, scale, k_size, groups, group_factor))
         add_segments(add, wide_lines, Lane(total, row, quarter, place, block), lines, steps, operands)
         finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
 
@@ -154,7 +154,8 @@ def _add_steps(kind: str, dtype: str, rows: int) -> Any:
                     _read(activation, operands.x, lane.row, column, operands.k_size, rows, quads)
                     _multiply(product, codes, part, activation, value, rows, quads, words.offset)
                 halves[T.ramp(0, 1, 4)] = operands.scale[
-                    (T.cast(lane.block, "int64") * operands.groups + ((first_step + step) >> operands.group_shift)) * 4
+                    (T.cast(lane.block, "int64") * operands.groups + group_of(first_step + step, operands.group_factor))
+                    * 4
                     + lane.quarter
                 ]
                 for i in T.unroll(rows):

@@ -84,13 +84,9 @@ class Panel:
 def summed(shifts: Sequence[int], factor: int, held: Sequence[Expression]) -> Expression:
     """Factor times the sum of accumulators that hold 2^shift times their share, shifts ascending from 0; exact."""
     value = held[-1]
-    if len(shifts) == 1:
-        return value if factor == 1 else value * splat(T.int32(factor), _LANES)
-    for k in reversed(range(1, len(shifts) - 1)):
+    for k in reversed(range(len(shifts) - 1)):
         value = (value >> splat(T.int32(shifts[k + 1] - shifts[k]), _LANES)) + held[k]
-    # With the factor 2 the last shift is one less, so that half an offset may lie in the highest accumulator.
-    down = shifts[1] - (factor == 2)
-    return (value >> splat(T.int32(down), _LANES)) + (held[0] + held[0] if factor == 2 else held[0])
+    return value if factor == 1 else value * splat(T.int32(factor), _LANES)
 
 
 def starting_offset(shifts: Sequence[int], factor: int, offset: int) -> int | None:

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import hikui
 from hikui.backends.kernels.fields import SEGMENTS
@@ -300,6 +301,18 @@ def test_the_weights_that_opt_saves_are_those_that_the_text_names(
     assert "the weights given have no 'model.rotary_emb.inv_freq'." in err and "--save-weights wrote" in err
     assert hikui_command("opt", text, "--weights", tiny, "--seed", 0, "--save-weights", again)[0] == 0
     assert again.read_bytes() != weights.read_bytes()
+
+
+def test_saved_weights_with_the_old_codes_are_refused(hikui_command: Command, tiny: Path, tmp_path: Path) -> None:
+    text, weights = tmp_path / "p.ir", tmp_path / "w.safetensors"
+    pipeline = "canonicalise,rtn{bits=3,group=32}"
+    out = hikui_command("opt", tiny, "--pipeline", pipeline, "--print-ir", "--save-weights", weights)[1]
+    text.write_text(out, "utf-8")
+    assert hikui_command("opt", text, "--weights", weights)[0] == 0
+    save_file(load_file(weights), weights)
+    status, out, err = hikui_command("opt", text, "--weights", weights)
+    assert (status, out) == (1, "")
+    assert f"{weights} does not say which codes" in err and "(int3-g32) has" in err and "--save-weights" in err
 
 
 def test_opt_on_a_text_calibrates_with_a_tokenizer(

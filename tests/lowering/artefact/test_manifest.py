@@ -115,8 +115,15 @@ def test_a_folder_without_a_manifest_and_damaged_ones(artefact: Artefact, tmp_pa
 
 
 def test_another_schema_version_is_refused(artefact: Artefact) -> None:
-    edit(artefact, lambda content: content.update(schema=2))  # type: ignore[call-overload]
-    with pytest.raises(HikuiError, match="has schema version 2, but this hikui reads 1"):
+    edit(artefact, lambda content: content.update(schema=3))  # type: ignore[call-overload]
+    with pytest.raises(HikuiError, match="has schema version 3, but this hikui reads 2"):
+        Artefact.load(artefact.directory)
+
+
+def test_an_artefact_with_the_old_codes_is_refused(artefact: Artefact) -> None:
+    edit(artefact, lambda content: content.update(schema=1))  # type: ignore[call-overload]
+    said = "has schema version 1, this hikui reads 2: int2 and int3 have other codes since then.*lower the model again"
+    with pytest.raises(HikuiError, match=said):
         Artefact.load(artefact.directory)
 
 

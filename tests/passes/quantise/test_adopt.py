@@ -195,10 +195,12 @@ def test_a_folder_is_lowered_to_an_artefact_that_verifies(backend: str, ordered:
         (4, -5, 10, 5, "int8"),
         (4, 0, 15, 0, "int8"),
         (4, -1, 1, 8, "ternary"),
-        (3, -4, 3, 4, "int4"),
-        (2, -2, 1, 2, "int4"),
+        (3, -4, 3, 4, "int3"),
+        (2, -2, 1, 2, "int2"),
         (2, -1, 1, 2, "ternary"),
-        (2, -1, 2, 1, "int4"),
+        (2, -1, 2, 1, "int2"),
+        (3, -3, 4, 3, "int3"),
+        (4, -2, 2, 8, "int3"),
         (8, -127, 127, 128, "int8"),
         (8, -8, 7, 128, "int4"),
     ],
@@ -217,7 +219,7 @@ def test_the_smallest_kind_that_holds_every_code(
     assert ("a: its columns stand in the order of g_idx" in notes) == act_order
 
 
-@pytest.mark.parametrize(("odd", "kind"), [((-1, 1), "sign"), ((-3, -1, 1, 3), "int2"), ((-7, -1, 3, 5), "int3")])
+@pytest.mark.parametrize(("odd", "kind"), [((-1, 1), "sign"), ((-3, -1, 1, 3), "int3"), ((-7, -1, 3, 5), "int4")])
 def test_odd_codes_alone(tmp_path: Path, odd: tuple[int, ...], kind: str) -> None:
     grid = random_grid(32, 80)
     grid = replace(grid, fields=8 + np.array(odd)[grid.fields % len(odd)])
@@ -249,10 +251,12 @@ def test_groups_turn_one_by_one(tmp_path: Path) -> None:
     ("k", "group", "name"),
     [
         (96, 32, "int4-g32"),
-        (96, 64, "int4-g64"),
-        (320, 128, "int4-g128"),
-        (512, 256, "int4-g128"),
-        (192, 96, "int4-g32"),
+        (96, 64, "int4-g32"),
+        (320, 128, "int4-g64"),
+        (384, 128, "int4-g128"),
+        (512, 256, "int4-g256"),
+        (1024, 512, "int4-g256"),
+        (192, 96, "int4-g96"),
         (320, -1, "int4-channel"),
         (64, 128, "int4-channel"),
     ],

@@ -227,9 +227,10 @@ def test_weighted_scales_are_chosen_by_the_mean_squares(act_order: bool) -> None
     assert not torch.equal(got.scale[:, seen], plain.scale[:, seen])
 
 
-def test_a_group_as_wide_as_a_block_is_met_when_its_turn_comes() -> None:
-    fmt, weight, gram = Format.parse("int4-g128"), random(7, 300, seed=8), covariance(300)
-    got = rounded(Gptq(format="int4-g128", act_order=False, damping=DAMPING), weight, gram, fmt)
+@pytest.mark.parametrize(("name", "k"), [("int4-g128", 256), ("int4-g128", 300), ("int4-g256", 512)])
+def test_a_group_as_wide_as_a_block_or_wider_is_met_when_its_turn_comes(name: str, k: int) -> None:
+    fmt, weight, gram = Format.parse(name), random(7, k, seed=8), covariance(k)
+    got = rounded(Gptq(format=name, act_order=False, damping=DAMPING), weight, gram, fmt)
     assert_printed(got, weight, gram, fmt, act_order=False, clip="mse")
     assert got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32
     beforehand = round_matrix(weight, fmt).scale

@@ -128,7 +128,8 @@ def test_an_assigned_format_wins() -> None:
 def test_padding_and_wide_groups_are_noted() -> None:
     notes = Rtn(bits=4, group=64).run(two_sites(), PassContext()).notes
     assert "a: group 64 is wider than K=40: one group for the whole channel" in notes
-    assert "b: K=70 is padded to 128 to fill the last group of 64" in notes
+    assert "b: groups of 96 columns instead of 64, which does not divide K=70" in notes
+    assert "b: K=70 is padded to 96 to fill the last group of 96" in notes
 
 
 def test_weighted_errors_use_the_statistics() -> None:
