@@ -59,8 +59,8 @@ def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(tiny: Path) -> Prepared:
-    """The tiny model after the recipe `int4`."""
-    return prepare(Request(tiny, "int4"))
+    """The tiny model after the recipe `rtn-4bit`."""
+    return prepare(Request(tiny, "rtn-4bit"))
 
 
 @pytest.fixture(scope="session")

@@ -134,13 +134,13 @@ def test_eval_through_a_recipe_is_eval_of_the_artefact(
     options = ("--text", stories, "--documents", 2, "--json")
     answers = [
         json.loads(hikui_command("eval", *subject, *options)[1])
-        for subject in ((built.directory,), (tiny, "--recipe", "int4"))
+        for subject in ((built.directory,), (tiny, "--recipe", "rtn-4bit"))
     ]
     assert answers[0]["runs_as"] != answers[1]["runs_as"]
     for key in ("true_bpw", "linear_bytes", "tokens", "characters"):
         assert answers[0][key] == answers[1][key]
     assert answers[0]["bits_per_char"] == pytest.approx(answers[1]["bits_per_char"], rel=1e-3)
-    status, _, err = hikui_command("eval", built.directory, "--recipe", "int4", *options)
+    status, _, err = hikui_command("eval", built.directory, "--recipe", "rtn-4bit", *options)
     assert status == 2
     assert "is an artefact, whose recipe and context are fixed" in err
 
@@ -149,7 +149,7 @@ def test_eval_over_windows_names_its_protocol_and_pairs_with_the_float_model(
     hikui_command: Command, capsys: pytest.CaptureFixture[str], tiny: Path, stories: Path
 ) -> None:
     options = ("--text", stories, "--documents", 3, "--window", 40, "--stride", 20, "--against", tiny, "--layers")
-    status, out, err = hikui_command("eval", tiny, "--recipe", "int4", *options, "--json")
+    status, out, err = hikui_command("eval", tiny, "--recipe", "rtn-4bit", *options, "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)
     assert answer["protocol_fields"] == {
@@ -208,11 +208,11 @@ def test_eval_refuses_what_would_have_no_effect(hikui_command: Command, tiny: Pa
 def test_compare_writes_a_folder_and_takes_it_up(
     hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path
 ) -> None:
-    command = ("compare", tiny, "--recipes", "int8,int4", "--text", stories, "--documents", 2, "-o", tmp_path / "out")
+    command = ("compare", tiny, "--recipes", "int8,rtn-4bit", "--text", stories, "--documents", 2, "-o", tmp_path / "out")
     status, out, err = hikui_command(*command, "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)
-    assert [row["label"] for row in answer["rows"]] == ["float model", "int8", "int4"]
+    assert [row["label"] for row in answer["rows"]] == ["float model", "int8", "rtn-4bit"]
     assert answer == json.loads((tmp_path / "out" / "compare.json").read_text())
     runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").iterdir()}
     assert len(runs) == 3

@@ -132,7 +132,7 @@ def test_a_run_can_be_sent_to_another_process(
 def test_an_artefact_is_compared_with_the_model_it_was_made_from(
     tiny: Path, built: Artefact, stories: Path, tmp_path: Path
 ) -> None:
-    table = compare(str(tiny), Reading(stories, documents=3), recipes=["int4"], artefacts=[str(built.directory)])
+    table = compare(str(tiny), Reading(stories, documents=3), recipes=["rtn-4bit"], artefacts=[str(built.directory)])
     _, recipe, artefact = table.rows
     assert artefact.runs_as.startswith("artefact, tvm")
     assert artefact.true_bpw == pytest.approx(recipe.true_bpw)
@@ -159,8 +159,8 @@ def test_finished_runs_are_taken_up(
     assert call(seeds=[0, 1, 2]).rows[2].seeds == (0, 1, 2)
     assert measured == ["calibrated"]
     measured.clear()
-    call(recipes=["int4"])
-    assert measured == ["int4"]
+    call(recipes=["rtn-4bit"])
+    assert measured == ["rtn-4bit"]
     measured.clear()
     call(resume=False)
     assert len(measured) == 4
@@ -200,21 +200,21 @@ def test_a_comparison_that_died_keeps_what_had_ended(
     inner: Callable[[Run], Outcome] = comparison_runs.measure
 
     def dies(run: Run) -> Outcome:
-        if run.label == "int4":
+        if run.label == "rtn-4bit":
             raise KeyboardInterrupt
         return inner(run)
 
     monkeypatch.setattr(comparison_runs, "measure", dies)
     with pytest.raises(KeyboardInterrupt):
-        compare(str(tiny), reading, recipes=["int8", "int4"], output=tmp_path / "out")
+        compare(str(tiny), reading, recipes=["int8", "rtn-4bit"], output=tmp_path / "out")
     assert measured == [FLOAT, "int8"]
     monkeypatch.setattr(comparison_runs, "measure", inner)
     # A file that was cut off, as a disk without journal may leave it, counts as no result.
     cut = sorted((tmp_path / "out" / "runs").iterdir())[0]
     cut.write_bytes(cut.read_bytes()[:-20])
-    compare(str(tiny), reading, recipes=["int8", "int4"], output=tmp_path / "out")
+    compare(str(tiny), reading, recipes=["int8", "rtn-4bit"], output=tmp_path / "out")
     assert len(measured) == 4
-    assert measured[-1] == "int4"
+    assert measured[-1] == "rtn-4bit"
 
 
 def test_the_same_comparison_gives_the_same_bytes(found: Comparison, tmp_path: Path) -> None:

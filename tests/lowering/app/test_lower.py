@@ -37,7 +37,7 @@ def lower_command(model: Path, output: Path, *options: str) -> list[str]:
 
 
 def test_two_runs_write_the_same_bytes(tiny: Path, built: Artefact, tmp_path: Path) -> None:
-    again = lower(tiny, tmp_path / "elsewhere" / "again", recipe="int4")
+    again = lower(tiny, tmp_path / "elsewhere" / "again", recipe="rtn-4bit")
     assert inventory(again.directory) == inventory(built.directory)
     assert (again.directory / MANIFEST).read_bytes() == (built.directory / MANIFEST).read_bytes()
 
@@ -118,7 +118,7 @@ def test_a_text_without_a_tokenizer_is_still_refused(tiny: Path, stories: Path, 
 
 
 def test_a_dump_shows_the_program_after_each_pass(tiny: Path, tmp_path: Path) -> None:
-    prepared = prepare(Request(tiny, "int4"), Execution(debug_dump=tmp_path / "dump"))
+    prepared = prepare(Request(tiny, "rtn-4bit"), Execution(debug_dump=tmp_path / "dump"))
     names = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert names[0] == "00-trace.txt"
     assert [name for name in names if name.endswith(".txt")][1:] == [

@@ -34,7 +34,7 @@ class Spoiling:
 def spoiled(monkeypatch: pytest.MonkeyPatch, model: Path, backend: str, file: str, output: Path) -> None:
     inner = lowering.make_backend(backend)
     monkeypatch.setattr(lowering, "make_backend", lambda name: Spoiling(inner, file))
-    lowering.lower(model, output, recipe="int4", backend=backend)
+    lowering.lower(model, output, recipe="rtn-4bit", backend=backend)
 
 
 @pytest.mark.parametrize("backend", MODEL)

@@ -31,9 +31,9 @@ def sentence(model: nn.Module, recipe: str) -> str | None:
 
 
 def test_a_column_a_thousand_times_larger_is_told_with_its_sites() -> None:
-    assert sentence(with_outlier(1), "int4") is None
+    assert sentence(with_outlier(1), "rtn-4bit") is None
     watch = OutlierWatch()
-    reference_numbers(prepare(Request(with_outlier(1000), "int4")).program, watch)
+    reference_numbers(prepare(Request(with_outlier(1000), "rtn-4bit")).program, watch)
     told = watch.sentence(has_remedy=False)
     assert told is not None
     assert "activation with skip" in str(watch.sentence(has_remedy=True))

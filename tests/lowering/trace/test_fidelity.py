@@ -104,7 +104,7 @@ def _as_the_model_slices_it(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
 def test_a_wrong_trace_is_refused_before_any_pass(backend: str, tmp_path: Path) -> None:
     with pytest.raises(HikuiError, match="The traced program is not the model: .* block 1 is the first that differs"):
-        hikui.lower(gpt_neo(), tmp_path / "out", recipe="int4", backend=backend)
+        hikui.lower(gpt_neo(), tmp_path / "out", recipe="rtn-4bit", backend=backend)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,7 +179,7 @@ def counting(calls: list[str], real: Any) -> Any:
 
 
 def test_the_manifest_says_what_was_compared(tmp_path: Path) -> None:
-    artefact = hikui.lower(tiny_model("llama"), tmp_path / "out", recipe="int4", backend="onnxruntime")
+    artefact = hikui.lower(tiny_model("llama"), tmp_path / "out", recipe="rtn-4bit", backend="onnxruntime")
     entry = json.loads((artefact.directory / "manifest.json").read_text())["provenance"]["trace"]
     assert entry == {"prompts": [4, 37], "blocks": 3, "of": 3, "largest_difference": 1e-5}
 
