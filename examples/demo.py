@@ -1,7 +1,8 @@
 """What `make demo` shows: one model, lowered for every backend and board, telling the same story everywhere.
 
 The reference model is lowered with the recipe `int4`; the interpreter of the lowered graph says what is right. Boards
-of another architecture run under qemu-user; where that or a compiler is missing they are left out, with a word.
+of another architecture run under qemu-user; where that or a compiler is missing they are left out, with a word. Where
+`hikui fetch smollm2` has brought a real chat model, it is lowered too and asked a question.
 """
 
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jinja2
 import numpy as np
 
 from hikui.lowering.app.lower import BACKENDS, build, prepare
@@ -21,6 +23,7 @@ from hikui.lowering.artefact.target import machine_triple, resolve
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.interpreter import ReferenceRunner
+from hikui.models.fetched import SMOLLM2
 
 MODEL = "reference"
 RECIPE = "int4"
@@ -28,6 +31,8 @@ PROMPT = "One day, a girl named"
 TOKENS = 64
 TIE = 1e-3
 """Two logits closer than this part of the largest one are a tie."""
+
+QUESTION, ANSWER_TOKENS, CHAT_CONTEXT = "What is the capital of France?", 24, 256
 
 BOARDS = ("raspberry-pi-4", "raspberry-pi-5")
 
@@ -61,6 +66,39 @@ def compare(reference: ReferenceRunner, prompt: list[int], expected: list[int], 
     if gap <= TIE:
         return True, f"same text to token {step}, then a tie ({gap:.2%})"
     return False, f"DIFFERENT from token {step} on ({gap:.2%} apart)"
+
+
+def chat(folder: Path) -> None:
+    """Lowers the real model for this machine and asks it a question; says how to get it where it is not here."""
+    path = SMOLLM2.path()
+    if path is None:
+        print("\nA real chat model of 135 million parameters: `hikui fetch smollm2`, then `make demo` again.")
+        return
+    start = time.perf_counter()
+    prepared = prepare(Request(path, RECIPE, context=CHAT_CONTEXT))
+    tokenizer = prepared.program.tokenizer
+    assert tokenizer is not None, "the file has a tokenizer"
+    template = tokenizer.beside()["chat_template.jinja"].decode()
+    messages = [{"role": "user", "content": QUESTION}]
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers has it
+    prompt = environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+    print(f"\n{SMOLLM2.name}: {QUESTION}", flush=True)
+    try:
+        artefact = build(prepared, folder / SMOLLM2.name)
+        with load(artefact.directory) as model:
+            answer, result = model.generate(prompt, max_new_tokens=ANSWER_TOKENS)
+        name, count = f"{BACKENDS[0]} on host, {RECIPE}", len(result.tokens)
+    except HikuiError as error:
+        print(f"{BACKENDS[0]} on host: left out: {error}", flush=True)
+        codec, config = TextCodec(tokenizer), prepared.program.config
+        tokens = generate(
+            ReferenceRunner(prepared.program),
+            codec.encode_prompt(prompt),
+            max_new_tokens=ANSWER_TOKENS,
+            stop=config.eos_token_ids,
+        ).tokens
+        name, answer, count = f"interpreter, {RECIPE}", codec.decode(tokens), len(tokens)
+    print(f"{name:<30} {answer.strip()}\n{'':<30} {count} tokens, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def main(folder: Path) -> int:
@@ -102,6 +140,7 @@ def main(folder: Path) -> int:
                 flush=True,
             )
     print("\nAll texts are equal." if equal else "\nThe texts are not all equal.")
+    chat(folder)
     return 0 if equal else 1
 
 

@@ -1,1 +1,1 @@
-"""The reference model, and shapes of models for synthetic checkpoints."""
+"""The reference model, models that `hikui fetch` brings, and shapes for synthetic checkpoints."""

@@ -33,6 +33,17 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The real model that `hikui fetch smollm2` brings, a GGUF file."""
+    from hikui.models.fetched import SMOLLM2
+
+    found = SMOLLM2.path()
+    if found is None:
+        pytest.skip("smollm2 was not fetched (`hikui fetch smollm2`)")
+    return found
+
+
+@pytest.fixture(scope="session")
 def reference() -> Path:
     """The checkpoint of the reference model that the project ships."""
     from hikui.models import reference

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hikui.models.fetched import SMOLLM2
+
 OPTION = "--refuse-unexpected-skips"
 
 
@@ -47,6 +49,7 @@ EXPECTED: dict[str, Callable[[], bool]] = {
     r"llvm-mca": _no_program("llvm-mca"),
     r"readelf": _no_program("readelf"),
     r"qemu": _no_program("qemu-aarch64"),
+    r"smollm2 was not fetched": lambda: SMOLLM2.path() is None,
     r"the folder `shared`": lambda: not (Path(__file__).resolve().parents[2] / "shared").is_dir(),
     r"tell the peak of a part of a run": lambda: not os.access("/proc/self/clear_refs", os.W_OK),
 }

@@ -1,6 +1,7 @@
 """Fills the folder of an artefact: what the backend builds, and everything that goes beside it."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from hikui.lowering.artefact import report, text
 from hikui.lowering.artefact.arithmetic import arithmetic
 from hikui.lowering.artefact.target import Target
 from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
+from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE
 from hikui.lowering.ir import dialect, sizes
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
 
 _TOOLS = (
-    "apache-tvm", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript",
+    "apache-tvm", "gguf", "numpy", "onnx", "onnx-ir", "onnxruntime", "onnxscript",
     "safetensors", "scipy", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 _ROOM = 64_000_000
@@ -166,6 +168,7 @@ def assemble(
             hikui=__version__,
             model=name,
             checkpoint=checkpoint_hashes(prepared.traced),
+            stored=stored_kinds(prepared.traced),
             recipe=chosen.name,
             pipeline=",".join(map(str, prepared.passes)),
             calibration=prepared.calibration,
@@ -245,15 +248,39 @@ def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens
 
 
 def checkpoint_folders(program: Program) -> list[Path]:
-    """The folders of the files that the weights of a freshly traced program are read from."""
-    return sorted({path.parent for key in program.store.keys() for path in _files(program.store.source(key))})
+    """The folders of the files that the weights of a freshly traced program are read from.
+
+    None for a GGUF that was given by itself: what lies beside it is no part of the checkpoint.
+    """
+    files = _checkpoint_files(program)
+    return sorted({path.parent for path, alone in files.items() if not alone})
 
 
 def checkpoint_hashes(program: Program) -> dict[str, str]:
     """sha256 of the files that the weights of a freshly traced program are read from, and of their config, by name."""
-    paths = {path for key in program.store.keys() for path in _files(program.store.source(key))}
-    configs = {config for path in paths if (config := path.parent / "config.json").is_file()}
+    paths = set(_checkpoint_files(program))
+    configs = {config for folder in checkpoint_folders(program) if (config := folder / "config.json").is_file()}
     return {path.name: artefacts.sha256(path) for path in sorted(paths | configs)}
+
+
+def stored_kinds(program: Program) -> dict[str, int] | None:
+    """How many tensors of each type the weights of a freshly traced program are in a GGUF; None for another checkpoint.
+
+    A tensor that several parameters share counts once.
+    """
+    sources = (program.store.source(key) for key in program.store.keys())
+    kinds = {source.stored: source.kind for source in sources if isinstance(source, GgufTensor)}
+    return dict(sorted(Counter(kinds.values()).items())) or None
+
+
+def _checkpoint_files(program: Program) -> dict[Path, bool]:
+    """The files that weights are read from, and whether each was given by itself."""
+    found = {}
+    for key in program.store.keys():
+        source = program.store.source(key)
+        for path in _files(source):
+            found[path] = isinstance(source, GgufTensor) and source.alone
+    return found
 
 
 def _files(source: Any) -> Iterable[Path]:

@@ -225,7 +225,8 @@ def lower(
     """Lowers a model to an artefact.
 
     Args:
-        model: a Hugging Face folder or id, a transformers model, or `reference` for the model that comes with hikui.
+        model: a Hugging Face folder or id, a GGUF file, a transformers model, `reference` for the model that comes with
+            hikui, or `smollm2` for the one that `hikui fetch smollm2` brings.
         output: the artefact's folder. It is whole or absent, whatever happens; only an artefact is ever replaced.
         target: a target's name (`hikui targets`), or `host`.
         backend: `tvm` or `onnxruntime`.

@@ -11,6 +11,7 @@ from hikui.lowering.checkpoint.container import read_safetensors
 from hikui.lowering.checkpoint.folder import Checkpoint
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.files import write_whole
+from hikui.lowering.huggingface.gguf_file import is_gguf
 from hikui.lowering.huggingface.tokenizer import ModelTokenizer
 from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import Program
@@ -93,9 +94,14 @@ def _refuse_old_codes(program: Program, weights: Path) -> None:
 
 
 def _sources(weights: Path) -> Mapping[str, TensorSource]:
-    if not weights.is_dir():
+    if not weights.is_dir() and not is_gguf(weights):
         return read_safetensors(weights)
     checkpoint = Checkpoint.open(weights)
+    if checkpoint.gguf is not None:
+        raise UsageError(
+            f"{weights} is a GGUF, whose tensors have other names than a program's text; give the weights that "
+            "--save-weights wrote."
+        )
     return {key: checkpoint.source(key, key, held.info.shape) for key, held in checkpoint.tensors.items()}
 
 

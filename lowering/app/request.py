@@ -37,7 +37,8 @@ class Request:
     """A model, and what is to become of it.
 
     Attributes:
-        model: a Hugging Face folder or id, a transformers model, or `reference` for the model that comes with hikui.
+        model: a Hugging Face folder or id, a GGUF file, a transformers model, `reference` for the model that comes with
+            hikui, or `smollm2` for the one that `hikui fetch smollm2` brings.
         recipe: a shipped recipe's name, a recipe file, or a recipe; None is the float model as it is.
         calibration: text that calibrating passes read, documents separated by `<|endoftext|>`; by default the one that
             comes with hikui.
@@ -66,11 +67,20 @@ class Request:
 
     @property
     def source(self) -> Model:
-        """What `trace` takes: the shipped model's folder for `reference`, else what was given."""
+        """What `trace` takes: the folder of `reference`, the file of a fetched model, else what was given.
+
+        Raises:
+            HikuiError: the model is one that `hikui fetch` brings, and it was not.
+        """
         if self.model == REFERENCE_MODEL and not Path(REFERENCE_MODEL).exists():
             from hikui.models import reference
 
             return reference.path()
+        if isinstance(self.model, str) and not Path(self.model).exists():
+            from hikui.models.fetched import FETCHED
+
+            if self.model in FETCHED:
+                return FETCHED[self.model].require()
         return self.model
 
     def traced(self, *, scratch: Path | None = None, finite: bool = True) -> Program:

@@ -108,6 +108,9 @@ class Provenance(_Entry):
     hikui: str
     model: str
     checkpoint: dict[str, str] = Field(description="sha256 of the checkpoint's files, by name")
+    stored: dict[str, int] | None = Field(
+        default=None, description="how many tensors a GGUF file holds of each of ggml's types; None elsewhere"
+    )
     recipe: str
     pipeline: str
     calibration: dict[str, str | int] | None

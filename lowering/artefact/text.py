@@ -4,7 +4,6 @@ Documents in a text file are separated by `<|endoftext|>`; each is measured and 
 tokens that the tokenizer puts before a text.
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,6 @@ from hikui.lowering.huggingface.tokenizer import FILE, ModelTokenizer, read_toke
 from hikui.lowering.json_text import not_utf8, parse_json
 
 SEPARATOR = "<|endoftext|>"
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 def read_text(path: Path) -> str:
@@ -163,6 +161,5 @@ def copy_tokenizer(source: ModelTokenizer, destination: Path) -> None:
     """
     destination.mkdir()
     (destination / FILE).write_text(source.content(), "utf-8")
-    for name in _BESIDE:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, destination / name)
+    for name, content in source.beside().items():
+        (destination / name).write_bytes(content)

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.checkpoint.container import read_pickle, read_safetensors
+from hikui.lowering.checkpoint.gguf_model import gguf_config, has_tokenizer
+from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY, SIDE_FILES, Quantisation, parse_quantisation, with_floats
 from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.huggingface.gguf_file import SUFFIX, GgufFile, is_gguf, read_gguf
 from hikui.lowering.huggingface.tokenizer import MAIN_FILES
 from hikui.lowering.ir.store import FileTensor, RowSource, TensorInfo, TensorSource, Transposed, WeightStore
 from hikui.lowering.json_text import parse_json
@@ -41,20 +44,27 @@ class Float32Tensor:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint folder.
+    """The content of a checkpoint: a folder, or a GGUF file.
+
+    A GGUF that is named itself is read alone, whatever lies beside it. In a folder whose only weights it is, the
+    folder's config.json and tokenizer come before those of the file, where they are there.
 
     Attributes:
-        folder: where it is.
-        config: config.json.
+        folder: where it is; the file itself for a GGUF that is read alone.
+        config: config.json, or what a GGUF's metadata has of it.
         tensors: where each tensor lies, by its name in the checkpoint; a matrix that GPTQ or AWQ has quantised goes by
             the name that it would have as floats.
         quantisation: what the checkpoint says of its quantisation, if it is quantised.
+        gguf: the file that the tensors lie in, if it is one.
+        has_config: whether `config` is a config.json.
     """
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, FileTensor | QuantisedMatrix]
+    tensors: Mapping[str, FileTensor | QuantisedMatrix | GgufTensor]
     quantisation: Quantisation | None = None
+    gguf: GgufFile | None = None
+    has_config: bool = True
 
     @staticmethod
     def open(folder: Path) -> "Checkpoint":
@@ -65,12 +75,16 @@ class Checkpoint:
                 quantised in a way that is not read.
         """
         if folder.is_file():
+            if is_gguf(folder) or folder.suffix == SUFFIX:
+                return _of_gguf(folder, read_gguf(folder))
             raise HikuiError(
                 f"{folder} is a file{_kind_of_file(folder)}; give the Hugging Face folder with config.json and the "
-                "float weights."
+                "float weights, or a GGUF file."
             )
         if not folder.is_dir():
             raise HikuiError(f"The checkpoint folder {folder} does not exist; give one with config.json and weights.")
+        if (named := _only_gguf(folder)) is not None:
+            return _of_gguf(folder, read_gguf(named))
         if not (folder / "config.json").is_file():
             raise HikuiError(f"{folder} is no checkpoint: it has no config.json.")
         config = read_object(folder / "config.json")
@@ -91,13 +105,19 @@ class Checkpoint:
         return Checkpoint(folder, config, floats, quantisation)
 
     def generation_config(self) -> Mapping[str, Any]:
-        """generation_config.json, or nothing where the folder has none."""
+        """generation_config.json, or nothing where there is none."""
         path = self.folder / "generation_config.json"
         return read_object(path) if path.is_file() else {}
 
     def tokenizer_folder(self) -> Path | None:
-        """The folder, if it holds a tokenizer."""
-        return self.folder if any((self.folder / name).is_file() for name in MAIN_FILES) else None
+        """The folder, if it holds a tokenizer, or the GGUF file that does.
+
+        Raises:
+            HikuiError: a GGUF's tokenizer has more tokens than its embedding.
+        """
+        if any((self.folder / name).is_file() for name in MAIN_FILES):
+            return self.folder
+        return self.gguf.path if self.gguf is not None and has_tokenizer(self.gguf) else None
 
     def find(self, names: Sequence[str], base_prefix: str) -> str | None:
         """The checkpoint's key for a module parameter.
@@ -132,10 +152,11 @@ class Checkpoint:
             given = Transposed(tensor)
         if given.info.shape != shape:
             raise HikuiError(
-                f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by config.json {name} "
-                f"must have {list(shape)}; give the config.json that was saved with these weights."
+                f"The tensor '{key}' in {self.folder} has shape {list(given.info.shape)}, but by "
+                f"{'config.json' if self.has_config else 'its metadata'} {name} must have {list(shape)}; give the "
+                f"{'config.json that was saved with these weights' if self.has_config else 'file as it was published'}."
             )
-        if isinstance(tensor, QuantisedMatrix):
+        if isinstance(tensor, QuantisedMatrix | GgufTensor):
             return given
         if not tensor.dtype.is_floating_point:
             raise HikuiError(
@@ -159,12 +180,34 @@ def _named(dtype: torch.dtype) -> str:
 
 
 def _kind_of_file(path: Path) -> str:
-    """What a file is by its first bytes or its name, in words."""
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic == b"GGUF":
-        return " of llama.cpp's format GGUF, which hikui does not read"
+    """What a file is by its name, in words."""
     return " of weights alone" if path.suffix in (".safetensors", ".bin", ".pt", ".pth") else ""
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has no other weights.
+
+    Raises:
+        HikuiError: it has several.
+    """
+    found = sorted(path for path in folder.glob(f"*{SUFFIX}") if path.is_file())
+    if not found or any((folder / name).is_file() for name in (_SINGLE, _INDEX, _PICKLE, _PICKLE_INDEX)):
+        return None
+    if len(found) > 1:
+        raise HikuiError(
+            f"{folder} has {len(found)} GGUF files ({found[0].name}, {found[1].name}, …); name the one that is meant."
+        )
+    return found[0]
+
+
+def _of_gguf(place: Path, file: GgufFile) -> Checkpoint:
+    """A checkpoint of a GGUF file, given by itself or by its folder."""
+    path = place / "config.json"
+    has_config = path.is_file()
+    config = read_object(path) if has_config else gguf_config(file)
+    alone = place == file.path
+    tensors = {name: GgufTensor.of(file.path, name, entry, alone=alone) for name, entry in file.tensors.items()}
+    return Checkpoint(place, config, tensors, gguf=file, has_config=has_config)
 
 
 def _single_file_of_other_name(folder: Path) -> Path | None:

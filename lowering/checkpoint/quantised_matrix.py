@@ -13,7 +13,7 @@ A weight is scale · (field − zero). Its product in float32 is exact: fields h
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,25 @@ class Grid(NamedTuple):
     def codes(self, groups: Tensor) -> Tensor:
         """Field minus zero: int16 [n, K]; `groups` int64 [K] is the group of each column."""
         return self.fields.to(torch.int16) - self.zeros[:, groups]
+
+
+class CodedMatrix(Protocol):
+    """A matrix [N, K] of floats that are codes times scales, such as a checkpoint holds that is quantised already."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    @property
+    def origin(self) -> str:
+        """What left the codes, in words."""
+
+    def rows(self, start: int, stop: int) -> "CodedMatrix": ...
+
+    def groups(self) -> Tensor:
+        """The group of each input column: int64 [K]."""
+
+    def grid(self) -> Grid:
+        """Fields, zeros and scales of these rows."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +105,11 @@ class QuantisedMatrix:
     @property
     def info(self) -> TensorInfo:
         return TensorInfo(torch.float32, (self.stop - self.start, self.in_features))
+
+    @property
+    def origin(self) -> str:
+        """What left the codes, in words."""
+        return f"{self.method} left it in {self.bits} bits"
 
     @property
     def source(self) -> FileTensor:

@@ -21,12 +21,12 @@ from torch import Tensor
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.files import write_whole
 from hikui.lowering.ir.program import Program
-from hikui.lowering.ir.store import FileTensor
+from hikui.lowering.ir.store import CodedSource, FileTensor
 
 _PART = 1 << 24
 _ROOT = Path(__file__).resolve().parents[2]
 _NUMERIC_ROOMS = ("lowering", "passes")
-_LIBRARIES = ("torch", "numpy", "scipy", "transformers", "tokenizers")
+_LIBRARIES = ("torch", "numpy", "scipy", "transformers", "tokenizers", "gguf")
 _CODE = (".py", ".so", ".c", ".cc", ".h")
 
 
@@ -113,6 +113,9 @@ def run_key(program: Program, recipe: str, chunks: Iterable[Tensor], passes: Ite
         digest.update(f"{key} {source.info.dtype} {source.info.shape}\n".encode())
         if isinstance(source, FileTensor):
             _hash_file(digest, source)
+        elif isinstance(source, CodedSource):
+            digest.update(f"{source.reading}\n".encode())
+            _hash_file(digest, source.stored)
         else:
             digest.update(_bytes(source.load()))
     for chunk in chunks:

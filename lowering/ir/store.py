@@ -48,6 +48,17 @@ class RowSource(TensorSource, Protocol):
     def rows(self, start: int, stop: int) -> TensorSource: ...
 
 
+@runtime_checkable
+class CodedSource(TensorSource, Protocol):
+    """A source whose values are made from one piece of a file, so that the piece and `reading` stand for them."""
+
+    @property
+    def stored(self) -> "FileTensor": ...
+
+    @property
+    def reading(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class MemoryTensor:
     """A tensor that is simply kept."""

@@ -55,7 +55,7 @@ def trace(
     """Trace a model into a program.
 
     Args:
-        model: A Hugging Face folder or hub id, or a transformers causal language model.
+        model: A Hugging Face folder or hub id, a GGUF file, or a transformers causal language model.
         context: Context length C; by default the model's own number of positions, at most 2048.
         scratch: Folder for tensors that passes make; None keeps them in memory.
         tokenizer: Folder with a tokenizer, instead of the checkpoint's own.

@@ -1,4 +1,4 @@
-"""Opens a checkpoint folder, a hub id or a module as a model without weights, plus where the weights lie."""
+"""Opens a checkpoint folder, a GGUF, a hub id or a module as a model without weights, plus where the weights lie."""
 
 import copy
 import re
@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hikui.lowering.checkpoint.folder import Checkpoint, Float32Tensor
+from hikui.lowering.checkpoint.gguf_model import by_parameter
+from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
 from hikui.lowering.checkpoint.quantised import CONFIG_KEY
 from hikui.lowering.checkpoint.unread import look_for_unread
 from hikui.lowering.errors import HikuiError, UsageError, first_line
 from hikui.lowering.huggingface.config import refuse_adapter, refuse_more_layers, refuse_non_finite, token_ids
+from hikui.lowering.huggingface.gguf_file import FLOAT_KINDS
 from hikui.lowering.huggingface.remote_code import refuse_model_code
 from hikui.lowering.ir.store import MemoryTensor, TensorSource
 
@@ -38,7 +41,7 @@ class OpenModel:
         positions: The longest context that the model admits; None where nothing bounds it.
         bos_token_id: From the generation config, else the config.
         eos_token_ids: Likewise.
-        tokenizer: Folder with the tokenizer, if any.
+        tokenizer: Folder with the tokenizer, or GGUF file, if any.
         cautions: What a user should know of how it was read, a sentence each.
     """
 
@@ -100,12 +103,13 @@ def _open_folder(folder: Path, mode: FakeTensorMode, trusted: bool) -> OpenModel
     refuse_adapter(folder)
     checkpoint = Checkpoint.open(folder)
     refuse_model_code(folder, trusted=trusted)
-    where = str(folder / "config.json")
+    where = str(folder / "config.json" if checkpoint.has_config else folder)
     refuse_non_finite(checkpoint.config, where)
     refuse_more_layers(checkpoint.config, checkpoint.tensors, where)
     module = _empty_model(checkpoint, trusted)
-    checkpoint = _following_renames(module, checkpoint)
+    checkpoint = _named_as_parameters(module, checkpoint)
     sources, cautions = _checkpoint_sources(module, checkpoint)
+    cautions = (*cautions, *_stored_as(checkpoint))
     generation = checkpoint.generation_config()
     return OpenModel(
         module=_with_fake_weights(module, mode),
@@ -179,9 +183,13 @@ def _empty_model(checkpoint: Checkpoint, trusted: bool) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted, local_files_only=True)
+        if checkpoint.has_config:
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trusted, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**checkpoint.config)
     except Exception as error:  # KeyError, ValueError, ImportError, validation errors: whatever the config provokes
-        raise HikuiError(f"transformers rejects {checkpoint.folder / 'config.json'}: {first_line(error)}.") from error
+        where = checkpoint.folder / "config.json" if checkpoint.has_config else f"the metadata of {checkpoint.folder}"
+        raise HikuiError(f"transformers rejects {where}: {first_line(error)}.") from error
     if checkpoint.quantisation is not None and hasattr(config, CONFIG_KEY):
         # The checkpoint gives floats, so the model is the float one.
         delattr(config, CONFIG_KEY)
@@ -267,9 +275,30 @@ def _checkpoint_sources(module: nn.Module, checkpoint: Checkpoint) -> tuple[dict
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise HikuiError(
-            f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}{_why_missing(missing)}."
+            f"The checkpoint {checkpoint.folder} has no tensor for '{missing[0]}'{more}"
+            f"{_why_missing(missing, checkpoint)}."
         )
     return sources, look_for_unread(checkpoint, module, read, prefix)
+
+
+def _named_as_parameters(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its tensors by the names of the module's parameters, as far as another name is known."""
+    if checkpoint.gguf is None:
+        return _following_renames(module, checkpoint)
+    held = {name: tensor for name, tensor in checkpoint.tensors.items() if isinstance(tensor, GgufTensor)}
+    return replace(checkpoint, tensors=by_parameter(checkpoint.gguf, held, module))
+
+
+def _stored_as(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """A sentence where the floats of a checkpoint are rounded ones already."""
+    kinds = {} if checkpoint.gguf is None else checkpoint.gguf.kinds()
+    if not set(kinds) - FLOAT_KINDS:
+        return ()
+    told = ", ".join(f"{kind} {count} tensor{'s' if count > 1 else ''}" for kind, count in kinds.items())
+    return (
+        f"The weights are stored as {told}: what is not adopted as it is becomes floats, which are no nearer to the "
+        "model that was trained, and is rounded a second time where it is quantised.",
+    )
 
 
 def _following_renames(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -290,11 +319,11 @@ def _following_renames(module: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors={**checkpoint.tensors, **found}) if found else checkpoint
 
 
-def _why_missing(missing: list[str]) -> str:
+def _why_missing(missing: list[str], checkpoint: Checkpoint) -> str:
     """What is known of names that a checkpoint lacks: some that transformers makes itself when it loads one."""
     if any(".experts." in name for name in missing):
         return ": transformers fuses a mixture's experts when it loads them, and hikui does not support mixtures yet"
-    return ", which its config.json asks for"
+    return f", which its {'config.json' if checkpoint.has_config else 'metadata'} asks for"
 
 
 def _keeps_transposed(module: nn.Module, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Takes over what GPTQ or AWQ has quantised: the codes of the checkpoint themselves, in a layout of ours."""
+"""Takes over what GPTQ, AWQ or a GGUF has quantised: the codes of the checkpoint themselves, in a layout of ours."""
 
 import math
 from dataclasses import dataclass
@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hikui.lowering.checkpoint.quantised_matrix import QuantisedMatrix
+from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
+from hikui.lowering.checkpoint.quantised_matrix import CodedMatrix, QuantisedMatrix
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import KINDS, SUM_WIDTH, WIDEST_GROUP, Format, Packed, pack
+from hikui.lowering.huggingface.gguf_file import FLOAT_KINDS
 from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
-from hikui.lowering.ir.store import Transposed
+from hikui.lowering.ir.store import TensorSource, Transposed
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, matrix_shape, selected, sites, weight_of
 from hikui.passes.matrices import row_parts
@@ -29,20 +31,21 @@ _TURNED = ("int2", "int3", "int4")
 
 @dataclass(frozen=True)
 class Adopt(Pass):
-    """Packs the sites of a GPTQ or AWQ checkpoint without rounding them again.
+    """Packs the sites of a GPTQ or AWQ checkpoint, or of a GGUF's Q4_0 and Q8_0, without rounding them again.
 
     A weight of theirs is scale · (field − zero); ours is scale · code. So the code is field − zero, and each site gets
     the smallest kind that holds all of its codes: symmetric 4, 3 and 2 bits are int4, int3 and int2, any other zeros
     make up to twice as many codes and take a kind of more bits. Groups of a multiple of 32 columns are kept, or split
-    into groups of at most 256; act-order becomes a gather of the activation. Sites that `override` gave a format, and
-    sites of floats, are left to `rtn`.
+    into groups of at most 256; act-order becomes a gather of the activation. Q4_0 is int4 and Q8_0 is int8 in groups of
+    32, or a smaller kind that holds all codes. Sites that `override` gave a format, and sites of floats, are left to
+    `rtn`; so are those of a GGUF that are of another type or whose codes no kind holds, and a note says from what.
 
     Attributes:
         lossy: a format for the sites whose codes no kind of at most its bits holds, as `int4-g64`: they are rounded to
             it, for the least squared error, and the note of each says by how much. Without it, all kinds will do, and
             what none holds is refused.
-        saturate: whether codes of −128, of which symmetric 8 bits have some, become −127, the lowest that int8 holds;
-            a note says how many and by how much.
+        saturate: whether codes of −128, of which symmetric 8 bits of GPTQ have some, become −127, the lowest that int8
+            holds; a note says how many and by how much. llama.cpp writes none, and a Q8_0 with some stays as floats.
         sites: regular expression of the sites to adopt; empty is all.
         skip: regular expression of the sites to leave as they are.
     """
@@ -63,15 +66,33 @@ class Adopt(Pass):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
         found = [node for node in float_sites(program) if quantised_matrix(program, node) is not None]
         if not found and len(float_sites(program)) == len(sites(program)):
+            tensors = (_gguf_tensor(program, node) for node in sites(program))
+            kinds = sorted({tensor.kind for tensor in tensors if tensor is not None})
+            if kinds:
+                raise HikuiError(
+                    f"All sites of the GGUF are stored as {', '.join(kinds)}, of which there is nothing to adopt, only "
+                    "of Q4_0 and Q8_0; quantise with `rtn`."
+                )
             raise HikuiError(
-                "No site comes from a GPTQ or AWQ checkpoint, so there is nothing to adopt; give such a folder, or "
-                "quantise with `rtn`."
+                "No site comes from a GPTQ or AWQ checkpoint, or from a GGUF, so there is nothing to adopt; give such "
+                "a checkpoint, or quantise with `rtn`."
             )
 
-    def _chosen(self, program: Program) -> list[tuple[fx.Node, QuantisedMatrix]]:
-        nodes = [node for node in selected(float_sites(program), self.sites, self.skip) if FORMAT not in node.meta]
-        found = ((node, quantised_matrix(program, node)) for node in nodes)
+    def _eligible(self, program: Program) -> list[fx.Node]:
+        return [node for node in selected(float_sites(program), self.sites, self.skip) if FORMAT not in node.meta]
+
+    def _chosen(self, program: Program) -> list[tuple[fx.Node, CodedMatrix]]:
+        found = ((node, quantised_matrix(program, node)) for node in self._eligible(program))
         return [(node, matrix) for node, matrix in found if matrix is not None]
+
+    def _left_as_floats(self, program: Program) -> list[str]:
+        """A note for each site of a GGUF that is of a type whose codes are none of ours."""
+        found = ((node, _gguf_tensor(program, node)) for node in self._eligible(program))
+        return [
+            f"{node.meta[SITE]}: floats from {tensor.kind} of the GGUF, whose codes no format here has"
+            for node, tensor in found
+            if tensor is not None and not tensor.is_coded and tensor.kind not in FLOAT_KINDS
+        ]
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Packs one site after the other, some rows at a time.
@@ -84,7 +105,7 @@ class Adopt(Pass):
         if not chosen:
             return PassResult(program, False)
         gathers = Gathers(work)
-        notes: list[str] = []
+        notes = self._left_as_floats(work)
         for index, (node, matrix) in enumerate(chosen):
             context.progress("adopt", index, len(chosen))
             notes += self._adopt(work, node, matrix, gathers)
@@ -97,11 +118,14 @@ class Adopt(Pass):
         for node, _ in self._chosen(program):
             raise VerificationError(f"Site {node.meta[SITE]} still holds the float matrix of a quantised one.")
 
-    def _adopt(self, program: Program, node: fx.Node, matrix: QuantisedMatrix, gathers: Gathers) -> list[str]:
+    def _adopt(self, program: Program, node: fx.Node, matrix: CodedMatrix, gathers: Gathers) -> list[str]:
         site, blocks = node.meta[SITE], _blocks(matrix.groups())
         if isinstance(blocks, str):
             return self._round(program, node, blocks)
-        found = _exact_kind(matrix, blocks, self.saturate)
+        found = _exact_kind(matrix, blocks, self.saturate and not isinstance(matrix, GgufTensor))
+        if isinstance(found, str) and isinstance(matrix, GgufTensor) and not self.lossy:
+            program.store.alias(program.weight_of(weight_of(node)), matrix.as_floats())
+            return [f"{site}: floats from {matrix.kind} of the GGUF, because {found}"]
         if isinstance(found, str):
             return self._round(program, node, found)
         if self.lossy and Format.parse(self.lossy).is_integer and found.bits > _bits(self.lossy):
@@ -113,7 +137,7 @@ class Adopt(Pass):
             stored = order.to(torch.int32)
             group = str(node.meta[GROUP])
             x, _ = gathers.gather(node, (group, stored.numpy().tobytes()), f"{group}.order", lambda: stored)
-        notes = [f"{site}: {fmt}, as {matrix.method} left it in {matrix.bits} bits"]
+        notes = [f"{site}: {fmt}, as {matrix.origin}"]
         if blocks.order is not None:
             notes.append(f"{site}: its columns stand in the order of g_idx")
         if found.lowest:
@@ -160,13 +184,26 @@ class Adopt(Pass):
         return notes
 
 
-def quantised_matrix(program: Program, node: fx.Node) -> QuantisedMatrix | None:
+def quantised_matrix(program: Program, node: fx.Node) -> CodedMatrix | None:
     """The quantised matrix behind a float site, if a checkpoint has one there."""
+    source = _source(program, node)
+    if isinstance(source, GgufTensor):
+        return source if source.is_coded else None
+    return source if isinstance(source, QuantisedMatrix) else None
+
+
+def _gguf_tensor(program: Program, node: fx.Node) -> GgufTensor | None:
+    """The tensor of a GGUF behind a float site, of whatever type."""
+    source = _source(program, node)
+    return source if isinstance(source, GgufTensor) else None
+
+
+def _source(program: Program, node: fx.Node) -> TensorSource:
     source = program.store.source(program.weight_of(weight_of(node)))
     if isinstance(source, Transposed) and isinstance(source.source, Transposed):
         # A module that keeps [K, N] had it turned, and `canonicalise` turned it back.
-        source = source.source.source
-    return source if isinstance(source, QuantisedMatrix) else None
+        return source.source.source
+    return source
 
 
 class _Blocks(NamedTuple):
@@ -219,7 +256,7 @@ def _blocks(groups: Tensor) -> _Blocks | str:
     return f"it has a group of {smallest} columns, and ours are multiples of 32"
 
 
-def _exact_kind(matrix: QuantisedMatrix, blocks: _Blocks, saturate: bool) -> _Found | str:
+def _exact_kind(matrix: CodedMatrix, blocks: _Blocks, saturate: bool) -> _Found | str:
     """The smallest kind that holds every code, or why there is none."""
     n, k = matrix.info.shape
     groups = matrix.groups()
@@ -231,7 +268,7 @@ def _exact_kind(matrix: QuantisedMatrix, blocks: _Blocks, saturate: bool) -> _Fo
         grid = matrix.rows(part.start, part.stop).grid()
         half = grid.scale.to(torch.float16).float()
         if not torch.equal(half, grid.scale):
-            return f"float16 does not hold its scales ({matrix.scales.path.name} has them as {matrix.scales.dtype})"
+            return f"float16 does not hold its scales, as {matrix.origin}"
         codes = grid.codes(groups)
         odd = odd and bool((codes & 1).all())
         low, high = min(low, int(codes.min())), max(high, int(codes.max()))
@@ -251,7 +288,7 @@ def _exact_kind(matrix: QuantisedMatrix, blocks: _Blocks, saturate: bool) -> _Fo
     return f"its codes reach from {low} to {high}, beyond int8"
 
 
-def _pack_codes(matrix: QuantisedMatrix, blocks: _Blocks, fmt: Format, *, saturate: bool) -> tuple[Packed, float]:
+def _pack_codes(matrix: CodedMatrix, blocks: _Blocks, fmt: Format, *, saturate: bool) -> tuple[Packed, float]:
     """Packs codes and scales as they are; what saturating has changed, ‖W − Ŵ‖ / ‖W‖, comes with them."""
     n, k = matrix.info.shape
     groups = matrix.groups()

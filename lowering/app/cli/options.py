@@ -36,14 +36,16 @@ def at_least(least: float) -> Callable[[float | None], float | None]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face folder or id, or `reference` for the model that comes with hikui.", metavar="MODEL"
+        help="A Hugging Face folder or id, a GGUF file, `reference` for the model that comes with hikui, or `smollm2` "
+        "for the one that `hikui fetch smollm2` puts here.",
+        metavar="MODEL",
     ),
 ]
 ModelOrProgram = Annotated[
     str,
     typer.Argument(
-        help="A Hugging Face folder or id, `reference` for the model that comes with hikui, or a program's text "
-        "(FILE.ir, as --print-ir writes it).",
+        help="A Hugging Face folder or id, a GGUF file, `reference` for the model that comes with hikui, `smollm2` for "
+        "the one that `hikui fetch smollm2` puts here, or a program's text (FILE.ir, as --print-ir writes it).",
         metavar="MODEL",
     ),
 ]

@@ -208,7 +208,18 @@ def test_eval_refuses_what_would_have_no_effect(hikui_command: Command, tiny: Pa
 def test_compare_writes_a_folder_and_takes_it_up(
     hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path
 ) -> None:
-    command = ("compare", tiny, "--recipes", "int8,rtn-4bit", "--text", stories, "--documents", 2, "-o", tmp_path / "out")
+    command = (
+        "compare",
+        tiny,
+        "--recipes",
+        "int8,rtn-4bit",
+        "--text",
+        stories,
+        "--documents",
+        2,
+        "-o",
+        tmp_path / "out",
+    )
     status, out, err = hikui_command(*command, "--json")
     assert (status, err) == (0, "")
     answer = json.loads(out)

@@ -147,8 +147,9 @@ def test_an_adapter_without_its_model(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("model.gguf", b"GGUF\x03", "is a file of llama.cpp's format GGUF, which hikui does not read; give"),
-        ("renamed.bin", b"GGUF\x03", "is a file of llama.cpp's format GGUF"),
+        ("model.gguf", b"GGUF\x03", "is truncated: its header goes on for 4 bytes from byte 4"),
+        ("renamed.bin", b"GGUF\x03", "is truncated: its header goes on for 4 bytes from byte 4"),
+        ("other.gguf", b"PK\x03\x04", "is no GGUF file: it does not begin with the bytes GGUF."),
         (WEIGHTS, None, "is a file of weights alone; give the Hugging Face folder with config.json"),
         ("notes.txt", b"", "is a file; give the Hugging Face folder"),
     ],

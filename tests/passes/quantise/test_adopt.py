@@ -5,17 +5,21 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from hikui.lowering.app.lower import lower as lower_model
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.checkpoint.folder import Checkpoint
+from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack, unpack_codes
+from hikui.lowering.huggingface.gguf_file import read_gguf
 from hikui.lowering.ir.program import FORMAT, GROUP, SITE, Program
 from hikui.lowering.ir.sizes import measure
 from hikui.lowering.pipeline.contract import PassContext
@@ -23,6 +27,7 @@ from hikui.lowering.trace import trace
 from hikui.passes import Adopt
 from hikui.passes.graph import aten, float_sites, hikui, is_weight, sites
 from hikui.passes.quantise.rounding import dequantise, round_matrix
+from tests.lowering.checkpoint.gguf_files import write_gguf
 from tests.lowering.checkpoint.quantised_folders import (
     Grid,
     awq,
@@ -395,3 +400,118 @@ def test_what_is_wrong_with_the_request(traced: Program) -> None:
         del node.meta[SITE]
     with pytest.raises(HikuiError, match="run `canonicalise` first"):
         Adopt().requires(program)
+
+
+# ── GGUF ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("kind", "fmt"), [(Kind.Q4_0, "int4-g32"), (Kind.Q8_0, "int8-g32")])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_codes_of_a_gguf_are_taken_as_they_are(architecture: str, kind: Kind, fmt: str, tmp_path: Path) -> None:
+    """Also where llama.cpp has changed the order of the rows, as of q and k of a Llama."""
+    path = tmp_path / "m.gguf"
+    model = write_gguf(path, architecture, kind)
+    program = lower(trace(path), "canonicalise")
+    out = lower(program, "adopt")
+    assert not float_sites(out)
+    assert {str(node.meta[FORMAT]) for node in sites(out)} == {fmt}
+    file = read_gguf(path)
+    for node in sites(out):
+        weight, scale = (out.store.load(out.weight_of(at)) for at in node.args[1:3] if is_weight(at))
+        want = model.get_parameter(f"{node.meta[SITE]}.weight")
+        assert torch.equal(unpack(Format.parse(fmt), weight, scale, *want.shape), want)
+    q = next(node for node in sites(out) if node.meta[SITE] == Q)
+    entry = file.tensors["blk.0.attn_q.weight"]
+    blocks = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset).reshape(64, 2, -1)
+    scale = out.store.load(out.weight_of(q.args[2]))  # type: ignore[arg-type]
+    stored = blocks[..., :2].copy().view(np.float16)[..., 0]
+    # float16 [blocks of 16 rows, groups, 16 rows]
+    got = scale.permute(0, 2, 1).reshape(-1, 2)[:64].numpy()
+    first = 2 if architecture == "llama" else 1  # the second row of a head is the third of the file
+    assert np.array_equal(got[1], stored[first])
+    assert_same(program, out)
+    assert_settled(Adopt(), out)
+
+
+def gguf_site(folder: Path, kind: Kind, codes: np.ndarray, scales: np.ndarray) -> Program:
+    """A program with one site, a matrix of a GGUF: codes [n, k], scales float16 [n, k/32]."""
+    n, k = codes.shape
+    blocks = codes.reshape(n, k // 32, 32)
+    if kind == Kind.Q4_0:
+        fields = (blocks + 8).astype(np.uint8)
+        packed = fields[..., :16] | fields[..., 16:] << 4
+    else:
+        packed = blocks.astype(np.int8).view(np.uint8)
+    data = np.concatenate([scales.astype(np.float16)[..., None].view(np.uint8), packed], axis=-1).reshape(n, -1)
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
+    writer.add_tensor("a.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_gguf(folder / "m.gguf")
+
+    def body(x: Tensor, a__weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, a__weight)
+
+    program = program_of(body, embedding=random(SMALL_VOCABULARY, k), a__weight=torch.zeros(n, k))
+    program.store.alias("a.weight", GgufTensor.of(file.path, "a.weight", file.tensors["a.weight"]))
+    return lower(program, "canonicalise")
+
+
+@pytest.mark.parametrize(("kind", "low", "high"), [(Kind.Q4_0, -8, 7), (Kind.Q8_0, -127, 127)])
+def test_every_code_of_a_gguf_and_scales_below_zero(kind: Kind, low: int, high: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    codes = np.resize(np.arange(low, high + 1), (20, 96))
+    scales = rng.normal(size=(20, 3)).astype(np.float16)
+    out, notes = adopted(gguf_site(tmp_path, kind, codes, scales))
+    fmt, got, dense = held(out)
+    assert str(fmt) == ("int4-g32" if kind == Kind.Q4_0 else "int8-g32")
+    assert got.tolist() == codes.tolist()
+    assert dense.double().tolist() == (scales.astype(np.float64).repeat(32, axis=1) * codes).tolist()
+    assert notes[0] == f"a: {fmt}, as {kind.name} of the GGUF left it"
+
+
+def test_a_code_that_int8_does_not_hold_leaves_the_matrix_as_floats(tmp_path: Path) -> None:
+    codes = np.resize(np.arange(-128, 128), (16, 64))
+    program = gguf_site(tmp_path, Kind.Q8_0, codes, np.ones((16, 2)))
+    out, notes = adopted(program)
+    assert notes == ["a: floats from Q8_0 of the GGUF, because 4 of its codes are -128, which int8 does not hold"]
+    assert [node.meta[SITE] for node in float_sites(out)] == ["a"]
+    assert_same(program, out)
+    Adopt().ensures(out)
+    rounded, notes = adopted(program, lossy="int8-g32")
+    assert notes[0].startswith("a: rounded to int8-g32, because 4 of its codes are -128")
+    assert not float_sites(rounded)
+
+
+def test_other_types_of_a_gguf_become_floats_and_that_is_said(tmp_path: Path) -> None:
+    kinds = {"blk.1.ffn_up.weight": Kind.Q8_0, "output.weight": Kind.F16}
+    write_gguf(tmp_path / "m.gguf", kind=Kind.Q5_1, kinds=kinds)
+    out, notes = adopted(lower(trace(tmp_path / "m.gguf"), "canonicalise"))
+    assert len(float_sites(out)) == 14
+    assert f"{Q}: floats from Q5_1 of the GGUF, whose codes no format here has" in notes
+    assert "model.layers.1.mlp.up_proj: int8-g32, as Q8_0 of the GGUF left it" in notes
+    assert not any(note.startswith("lm_head") for note in notes)
+
+
+def test_a_gguf_without_codes_of_ours(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", kind=Kind.Q4_1)
+    with pytest.raises(
+        HikuiError, match="All sites of the GGUF are stored as Q4_1, of which there is nothing to adopt"
+    ):
+        lower(trace(tmp_path / "m.gguf"), "canonicalise,adopt")
+
+
+def test_a_gguf_is_lowered_to_an_artefact_that_verifies(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "m.gguf", kind=Kind.Q4_0, kinds={"output.weight": Kind.Q5_0})
+    artefact = lower_model(tmp_path / "m.gguf", tmp_path / "out", recipe="adopt", backend="onnxruntime")
+    assert verify_artefact.check_numbers(artefact, lambda: open_runner(artefact)).passed
+    report = json.loads((artefact.directory / "report.json").read_text())
+    for site in report["sites"]:
+        assert (site["weight_error"] == 0) == (site["name"] != "lm_head")
+    assert "floats from Q5_0 of the GGUF" in json.dumps(report)
+    provenance = artefact.manifest.provenance
+    assert provenance.stored == {"F32": 5, "Q4_0": 15, "Q5_0": 1}
+    assert list(provenance.checkpoint) == ["m.gguf"]
+    assert (artefact.directory / "tokenizer" / "chat_template.jinja").is_file()
