@@ -59,7 +59,7 @@ def test_mutated_indexes_are_read_or_refused(edits: list[tuple[int, int, bytes]]
 def _manifest() -> bytes:
     digest = {"bytes": 1, "sha256": "0" * 64}
     content = {
-        "schema": 1, "backend": "tvm", "program": {}, "requires": {"glibc": "2.28"},
+        "schema": 2, "backend": "tvm", "program": {}, "requires": {"glibc": "2.28"},
         "metrics": {"reference_tolerance": 0.05},
         "target": {"name": "host", "triple": f"{platform.machine()}-linux-gnu", "isas": [], "features": [],
                    "emulator_cpu": None},
@@ -67,7 +67,8 @@ def _manifest() -> bytes:
                   "eos_token_ids": [2]},
         "sites": {"a": {"format": "int4", "out_features": 1, "in_features": 1, "rank": 0, "bytes": 1,
                         "true_bits": 4.0}},
-        "sizes": {"linear_bytes": 1, "weight_bytes": 1, "total_bytes": 1, "true_bpw": 4.0},
+        "sizes": {"linear_bytes": 1, "weight_bytes": 1, "total_bytes": 1, "parameters": 2, "block_bpw": 4.0,
+                  "true_bpw": 4.0, "all_bpw": 4.0},
         "provenance": {"hikui": "0", "model": "m", "checkpoint": {}, "recipe": "r", "pipeline": "p",
                        "calibration": None, "toolchain": {}},
         "files": {"model.so": digest, "lib/a": digest},
