@@ -14,6 +14,7 @@ from hikui.passes.precision.mixed import Mixed
 from hikui.passes.precision.override import Override
 from hikui.passes.precision.sensitivity import Sensitivity
 from hikui.passes.quantise.adopt import Adopt
+from hikui.passes.quantise.embedding import Embedding
 from hikui.passes.quantise.gptq import Gptq
 from hikui.passes.quantise.hqq import Hqq
 from hikui.passes.quantise.learned.learned_clip import LearnedClip
@@ -41,6 +42,7 @@ __all__ = [
     "Calibrate",
     "Canonicalise",
     "DeadCode",
+    "Embedding",
     "Fuse",
     "Gptq",
     "Hqq",
@@ -81,6 +83,7 @@ PASSES: tuple[type[Pass], ...] = (
     KvCache,
     Fuse,
     Pack,
+    Embedding,
     DeadCode,
 )
 """In the order in which a recipe usually has them."""

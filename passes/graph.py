@@ -10,6 +10,7 @@ from torch import fx
 from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import (
     BLOCK,
+    CORRECTION,
     FIXED,
     FLOAT_WEIGHT,
     FORMAT,
@@ -24,7 +25,7 @@ from hikui.lowering.ir.program import (
 aten = torch.ops.aten
 hikui = torch.ops.hikui
 
-SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT)
+SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT, CORRECTION)
 """What is known of a site, whatever op it has become."""
 
 INHERITED = (BLOCK, "nn_module_stack", "stack_trace")

@@ -16,19 +16,18 @@ static void run_rotary(const void* arguments, int64_t first, int64_t last) {
   a->kernel(a->x.data, a->cos.data, a->sin.data, a->y.data, a->cos.rows, a->x.columns, first, last);
 }
 
-HIKUI_PACKED(hikui_rotary) {
-  (void)self, (void)result;
+static int rotary(const char* name, const hikui_any* args, int32_t count) {
   const struct kernel_table* table = hikui_kernels();
   struct call call;
   struct rotary a;
-  if (table == NULL || hikui_begin(&call, "hikui_rotary", args, count, 4)) return -1;
+  if (table == NULL || hikui_begin(&call, name, args, count, 4)) return -1;
   a.kernel = table->rotary;
   a.x = hikui_take_tensor(&call, 0, "x", FLOAT32_ELEMENT);
   a.cos = hikui_take_tensor(&call, 1, "cos", FLOAT32_ELEMENT);
   a.sin = hikui_take_tensor(&call, 2, "sin", FLOAT32_ELEMENT);
   a.y = hikui_take_tensor(&call, 3, "y", FLOAT32_ELEMENT);
   if (!call.failed && (a.x.ndim < 2 || a.x.columns % 2 != 0))
-    call.failed = hikui_fail("hikui_rotary: x must be [..., heads, tokens, size] with an even size.");
+    call.failed = hikui_fail("%s: x must be [..., heads, tokens, size] with an even size.", name);
   if (call.failed) return -1;
   hikui_expect_matrix(&call, &a.cos, a.x.shape[a.x.ndim - 2], a.x.columns);
   hikui_expect_matrix(&call, &a.sin, a.x.shape[a.x.ndim - 2], a.x.columns);
@@ -182,14 +181,9 @@ static int attention(const char* name, int format, const hikui_any* args, int32_
 
 /* --- public names ------------------------------------------------------------------------------------------------- */
 
-#define FORWARD(NAME, CALL, FORMAT)               \
-  HIKUI_PACKED(NAME) {                            \
-    (void)self, (void)result;                     \
-    return CALL(#NAME, FORMAT, args, count);      \
-  }
-
-FORWARD(hikui_cache_update_int8, cache_update, INT8_CACHE)
-FORWARD(hikui_cache_update_int4, cache_update, INT4_CACHE)
-FORWARD(hikui_attention, attention, FLOAT_CACHE)
-FORWARD(hikui_attention_int8, attention, INT8_CACHE)
-FORWARD(hikui_attention_int4, attention, INT4_CACHE)
+HIKUI_FORWARD(hikui_rotary, rotary(name, args, count))
+HIKUI_FORWARD(hikui_cache_update_int8, cache_update(name, INT8_CACHE, args, count))
+HIKUI_FORWARD(hikui_cache_update_int4, cache_update(name, INT4_CACHE, args, count))
+HIKUI_FORWARD(hikui_attention, attention(name, FLOAT_CACHE, args, count))
+HIKUI_FORWARD(hikui_attention_int8, attention(name, INT8_CACHE, args, count))
+HIKUI_FORWARD(hikui_attention_int4, attention(name, INT4_CACHE, args, count))

@@ -1,4 +1,9 @@
-"""Builds the kernel objects of a triple, once for each state of the sources and tools."""
+"""Builds the kernel objects of a triple, once for each state of the sources and tools.
+
+The cache has a folder for each instruction set, with an object for each of its kernels, and one for each choice of
+public functions, with the dispatcher's objects. A caller gets copies of those that its choice needs: no kernel is
+compiled again for another choice, or when the dispatcher changes.
+"""
 
 import hashlib
 import importlib.metadata
@@ -9,45 +14,34 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import platformdirs
 
+from hikui.backends.kernels.symbols import SYMBOLS
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.formats.format import MIXED
-from hikui.lowering.formats.kinds import KINDS
 
 _FOLDER = Path(__file__).resolve().parent
-_C_SOURCES = ("arguments.c", "attention.c", "products.c", "rows.c", "runtime.c", "select.c")
-_C_FLAGS = ("-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-c")
+_C_SOURCES = ("arguments.c", "attention.c", "embedding.c", "products.c", "rows.c", "runtime.c", "select.c")
+# A choice of public functions leaves other functions of a file without a caller.
+_C_FLAGS = (
+    "-std=gnu11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function",
+    "-Wno-unused-variable", "-c",
+)  # fmt: skip
+_FORMATS = tuple((_FOLDER.parents[1] / "lowering" / "formats").glob("*.py"))
+"""Kernels are made from the formats' tables too."""
+_LIST = "kernels.txt"
+"""In a dispatcher's folder: the kernels that it calls, a line each: instruction set and symbol."""
+_NO_KERNELS = ("__init__.py", "build.py", "replay.py", "standalone.py")
+"""The sources from which no kernel is made."""
 _ZIG_GLIBC = "2.28"
 """The glibc that objects built by zig are meant for; GCC's objects here need no newer one either."""
 
 HEADER = _FOLDER / "kernels.h"
 """The C interface of the objects."""
-
-SYMBOLS = (
-    *(f"hikui_linear_{form}{kind}" for form in ("a8_", "a8_branch_", "") for kind in (*KINDS, MIXED)),
-    "hikui_linear_float16",
-    "hikui_linear_float32",
-    "hikui_quantize_activation",
-    "hikui_quantize_activation_int4",
-    "hikui_quantize_activation_static",
-    "hikui_rms_norm",
-    "hikui_rms_norm_quantize",
-    "hikui_swiglu",
-    "hikui_swiglu_quantize",
-    "hikui_rotary",
-    "hikui_attention",
-    "hikui_attention_int8",
-    "hikui_attention_int4",
-    "hikui_cache_update_int8",
-    "hikui_cache_update_int4",
-)
-"""The public functions; the C symbol has `__tvm_ffi_` before it."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +77,21 @@ def compiler(triple: str) -> tuple[str, ...]:
     )
 
 
-def build(triple: str, isas: Sequence[str], directory: Path) -> KernelObjects:
+def build(triple: str, isas: Sequence[str], directory: Path, symbols: Sequence[str] = SYMBOLS) -> KernelObjects:
     """Puts the object files of a triple into a folder; the same sources and tools give the same bytes.
 
     Args:
         triple: `x86_64-linux-gnu` or `aarch64-linux-gnu`.
         isas: names of `isa.ISAS`, best last.
         directory: where the files go; made if absent.
+        symbols: the public functions that are wanted; the kernels that none of them calls are left out.
 
     Raises:
         HikuiError: no C compiler for the triple, the compiler fails, or the cache cannot be written.
     """
+    chosen = tuple(symbol for symbol in SYMBOLS if symbol in set(symbols))
     try:
-        cached = _cached(triple, tuple(isas))
+        cached = _cached(triple, tuple(isas), chosen)
     except OSError as error:
         folder = platformdirs.user_cache_dir("hikui")
         raise HikuiError(
@@ -103,22 +99,36 @@ def build(triple: str, isas: Sequence[str], directory: Path) -> KernelObjects:
         ) from error
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for source in sorted(cached.glob("*.o")):
+    for source in cached:
         paths.append(directory / source.name)
         shutil.copyfile(source, paths[-1])
-    return KernelObjects(tuple(paths), SYMBOLS)
+    return KernelObjects(tuple(paths), chosen)
 
 
-def _cached(triple: str, isas: tuple[str, ...]) -> Path:
+def _cached(triple: str, isas: tuple[str, ...], symbols: tuple[str, ...]) -> list[Path]:
+    """The objects in the cache, made where they are missing, in the order of their names."""
     command = compiler(triple)
-    folder = Path(platformdirs.user_cache_dir("hikui")) / "kernels" / _fingerprint(triple, isas, command)
+    folder = Path(platformdirs.user_cache_dir("hikui")) / "kernels"
+    state = _state(triple, command)
+    choice = _fingerprint((*state, *isas, "", *symbols), _sources((".py", ".c", ".h")))
+    dispatcher = _made(folder / f"dispatcher-{choice}", partial(_compile_c, isas, symbols, triple, command))
+    kernels = _fingerprint(state, [path for path in _sources((".py",)) if path.name not in _NO_KERNELS])
+    for name in isas:
+        _made(folder / f"{name}-{kernels}", partial(_compile_isa, name, command))
+    called = [line.split() for line in (dispatcher / _LIST).read_text("utf-8").splitlines()]
+    paths = [folder / f"{isa}-{kernels}" / f"{kernel}.o" for isa, kernel in called]
+    return sorted([*dispatcher.glob("*.o"), *paths], key=lambda path: path.name)
+
+
+def _made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of the cache, made whole or not at all."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="build-") as scratch:
         made = Path(scratch) / "objects"
         made.mkdir()
-        _compile(triple, isas, command, made, Path(scratch))
+        make(made)
         try:
             os.rename(made, folder)
         except OSError:
@@ -128,36 +138,55 @@ def _cached(triple: str, isas: tuple[str, ...]) -> Path:
     return folder
 
 
-def _fingerprint(triple: str, isas: tuple[str, ...], command: tuple[str, ...]) -> str:
+def _state(triple: str, command: tuple[str, ...]) -> tuple[str, ...]:
+    """What the objects depend on beside the sources."""
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return triple, version, importlib.metadata.version("apache-tvm")
+
+
+def _sources(suffixes: tuple[str, ...]) -> list[Path]:
+    found = [path for path in _FOLDER.rglob("*") if path.suffix in suffixes]
+    # The kernels for GPUs are built apart.
+    return sorted([*(path for path in found if path.relative_to(_FOLDER).parts[0] != "cuda"), *_FORMATS])
+
+
+def _fingerprint(texts: Sequence[str], sources: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for text in (triple, *isas, version, importlib.metadata.version("apache-tvm")):
+    for text in texts:
         digest.update(text.encode() + b"\0")
-    for path in sorted(p for p in _FOLDER.rglob("*") if p.suffix in (".py", ".c", ".h")):
-        name = path.relative_to(_FOLDER)
-        if name.parts[0] != "cuda":  # The kernels for GPUs are built apart.
-            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes())
+    for path in sources:
+        digest.update(path.relative_to(_FOLDER.parents[1]).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:32]
 
 
-def _compile(triple: str, isas: tuple[str, ...], command: tuple[str, ...], directory: Path, scratch: Path) -> None:
-    # TVM takes seconds to import and only a fresh cache needs it.
+def _compile_isa(name: str, command: tuple[str, ...], directory: Path) -> None:
     from hikui.backends.kernels.compile import compile_isa
+
+    compile_isa(name, directory, command)
+
+
+def _compile_c(
+    isas: tuple[str, ...], symbols: tuple[str, ...], triple: str, command: tuple[str, ...], directory: Path
+) -> None:
+    # TVM takes seconds to import and only a fresh cache needs it.
     from hikui.backends.kernels.isa import ISAS
-    from hikui.backends.kernels.table import c_tables
+    from hikui.backends.kernels.table import c_includes, objects
 
     for name in isas:
         if ISAS[name].triple not in ("", triple):
             raise HikuiError(f"Instruction set {name} belongs to {ISAS[name].triple}, not to {triple}.")
-        compile_isa(name, directory / f"hikui_kernels_{name}.o", command)
-    (scratch / "isas.inc").write_text(c_tables([ISAS[name] for name in isas]))
-    for source in _C_SOURCES:
-        target = directory / f"hikui_{Path(source).stem}.o"
-        run = subprocess.run(
-            [*command, *_C_FLAGS, f"-I{scratch}", source, "-o", str(target)],
-            capture_output=True,
-            text=True,
-            cwd=_FOLDER,
-        )
-        if run.returncode:
-            raise HikuiError(f"The C compiler {' '.join(command)} fails on {source}: {run.stderr.strip()}")
+    called = [f"{name} {kernel}" for name in isas for kernel in objects(ISAS[name], symbols)]
+    (directory / _LIST).write_text("\n".join(called), "utf-8")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, text in c_includes([ISAS[name] for name in isas], symbols).items():
+            (Path(scratch) / name).write_text(text)
+        for source in _C_SOURCES:
+            target = directory / f"hikui_{Path(source).stem}.o"
+            run = subprocess.run(
+                [*command, *_C_FLAGS, f"-I{scratch}", source, "-o", str(target)],
+                capture_output=True,
+                text=True,
+                cwd=_FOLDER,
+            )
+            if run.returncode:
+                raise HikuiError(f"The C compiler {' '.join(command)} fails on {source}: {run.stderr.strip()}")

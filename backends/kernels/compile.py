@@ -1,7 +1,7 @@
 """From TIR to an object file with plain C functions, by LLVM or through C."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +54,17 @@ def lower_functions(functions: dict[str, Any], target: Any) -> Any:
     return tvm.ir.transform.Sequential(passes)(tvm.IRModule(functions))
 
 
-def lower(isa: Isa) -> Any:
-    """The kernels of one instruction set as a TIR module ready for code generation, and its target.
+def lower(isa: Isa, kernels: Iterable[table.Kernel] | None = None) -> Any:
+    """Kernels of one instruction set as a TIR module ready for code generation, and its target.
 
     The functions keep their C signature: no packed-function wrapper, so that the objects need no symbol of TVM.
     Checking arguments is the dispatcher's work.
+
+    Args:
+        isa: the instruction set.
+        kernels: some of its kernels; all where None.
     """
-    functions = {kernel.symbol: kernel.build() for kernel in table.kernels(isa)}
+    functions = {kernel.symbol: kernel.build() for kernel in (table.kernels(isa) if kernels is None else kernels)}
     target: Any
     if isa.triple:
         target = {"kind": "llvm", "mtriple": isa.triple, "mcpu": isa.cpu, "mattr": list(isa.attributes)}
@@ -71,33 +75,34 @@ def lower(isa: Isa) -> Any:
     return lower_functions(functions, target), target
 
 
-def c_source(isa: Isa) -> str:
-    """The kernels of the portable instruction set in C that needs no header of TVM."""
-    module, target = lower(isa)
+def c_source(isa: Isa, kernels: Iterable[table.Kernel] | None = None) -> str:
+    """Kernels of the portable instruction set (all where None) in C that needs no header of TVM."""
+    module, target = lower(isa, kernels)
     text = tvm.get_global_func("target.build.c")(module, target).inspect_source()
     head = ("#include", "#define TVM_EXPORTS", "void* __tvm_ffi__library_ctx", "//")
     lines = (line.replace("TVM_DLL ", "") for line in text.splitlines() if not line.startswith(head))
     return _C_HEAD + "\n".join(lines) + "\n"
 
 
-def compile_isa(name: str, path: Path, compiler: Sequence[str]) -> Path:
-    """Writes the object file of one instruction set.
+def compile_isa(name: str, directory: Path, compiler: Sequence[str]) -> None:
+    """Writes an object file for each kernel of an instruction set, named by its symbol.
 
     Args:
         name: one of `isa.ISAS`.
-        path: the file to write, ending in `.o`.
+        directory: where they go.
         compiler: command of the C compiler that the portable kernels go through.
 
     Raises:
         HikuiError: the C compiler fails.
     """
     isa = ISAS[name]
-    if isa.triple:
-        module, target = lower(isa)
-        tvm.get_global_func("target.build.llvm")(module, target).write_to_file(str(path), "o")
-        return path
-    flags = [*_C_FLAGS, "-x", "c", "-", "-o", str(path)]
-    run = subprocess.run([*compiler, *flags], input=c_source(isa), capture_output=True, text=True)
-    if run.returncode:
-        raise HikuiError(f"The C compiler {' '.join(compiler)} fails on the portable kernels: {run.stderr.strip()}")
-    return path
+    for kernel in table.kernels(isa):
+        path = directory / f"{kernel.symbol}.o"
+        if isa.triple:
+            module, target = lower(isa, [kernel])
+            tvm.get_global_func("target.build.llvm")(module, target).write_to_file(str(path), "o")
+            continue
+        flags = [*_C_FLAGS, "-x", "c", "-", "-o", str(path)]
+        run = subprocess.run([*compiler, *flags], input=c_source(isa, [kernel]), capture_output=True, text=True)
+        if run.returncode:
+            raise HikuiError(f"The C compiler {' '.join(compiler)} fails on the portable kernels: {run.stderr.strip()}")

@@ -5,7 +5,17 @@
 #include <stddef.h>
 
 #include "kernels.h"
+#include "symbols.inc"
 #include "table.h"
+
+/* Defines a public function, whose arguments are `name`, `args` and `count`, if this library is to have it: table.py
+ * writes HIKUI_KEEP_<name>, which is its body or nothing. */
+#define HIKUI_FORWARD(NAME, CALL)                    \
+  HIKUI_KEEP_##NAME(HIKUI_PACKED(NAME) {             \
+    (void)self, (void)result;                        \
+    const char* const name = #NAME;                  \
+    return CALL;                                     \
+  })
 
 /* The kernels in use, or null after an error. */
 const struct kernel_table* hikui_kernels(void);

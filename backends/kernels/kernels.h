@@ -66,7 +66,13 @@ typedef struct {
   HIKUI_EXPORT HIKUI_PACKED(hikui_linear_a8_branch_##SYMBOL); /* … bias, x, a, b, y */                                 \
   HIKUI_EXPORT HIKUI_PACKED(hikui_linear_##SYMBOL);           /* x, weight, scale, bias, y */
 
+#define HIKUI_DECLARE_EMBEDDING(KIND, SYMBOL) \
+  HIKUI_EXPORT HIKUI_PACKED(hikui_embedding_##SYMBOL); /* ids, weight, scale, rows, y */
+
 HIKUI_KINDS(HIKUI_DECLARE_PRODUCTS)
+HIKUI_STORED_KINDS(HIKUI_DECLARE_EMBEDDING)
+HIKUI_EXPORT HIKUI_PACKED(hikui_embedding_float16);          /* ids, weight, rows, y */
+HIKUI_EXPORT HIKUI_PACKED(hikui_embedding_float32);          /* the same */
 HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float16);             /* x, weight, bias, y */
 HIKUI_EXPORT HIKUI_PACKED(hikui_linear_float32);             /* the same */
 HIKUI_EXPORT HIKUI_PACKED(hikui_quantize_activation);        /* x, q, scale, sums */

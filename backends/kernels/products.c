@@ -266,17 +266,11 @@ static int linear_weight_only(const char* name, int kind, const hikui_any* args,
 
 /* --- public names ------------------------------------------------------------------------------------------------- */
 
-#define FORWARD(NAME, CALL)         \
-  HIKUI_PACKED(NAME) {              \
-    (void)self, (void)result;       \
-    const char* const name = #NAME; \
-    return CALL;                    \
-  }
-#define FORWARD_KIND(KIND, SYMBOL)                                                        \
-  FORWARD(hikui_linear_a8_##SYMBOL, linear_a8(name, KIND, 0, args, count))                \
-  FORWARD(hikui_linear_a8_branch_##SYMBOL, linear_a8(name, KIND, 1, args, count))         \
-  FORWARD(hikui_linear_##SYMBOL, linear_weight_only(name, KIND, args, count))
+#define FORWARD_KIND(KIND, SYMBOL)                                                              \
+  HIKUI_FORWARD(hikui_linear_a8_##SYMBOL, linear_a8(name, KIND, 0, args, count))                \
+  HIKUI_FORWARD(hikui_linear_a8_branch_##SYMBOL, linear_a8(name, KIND, 1, args, count))         \
+  HIKUI_FORWARD(hikui_linear_##SYMBOL, linear_weight_only(name, KIND, args, count))
 
 HIKUI_KINDS(FORWARD_KIND)
-FORWARD(hikui_linear_float16, linear_float(name, FLOAT16, args, count))
-FORWARD(hikui_linear_float32, linear_float(name, FLOAT32, args, count))
+HIKUI_FORWARD(hikui_linear_float16, linear_float(name, FLOAT16, args, count))
+HIKUI_FORWARD(hikui_linear_float32, linear_float(name, FLOAT32, args, count))

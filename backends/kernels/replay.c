@@ -27,10 +27,15 @@
   KERNEL(hikui_linear_a8_branch_##SYMBOL) \
   KERNEL(hikui_linear_##SYMBOL)
 
+#define EMBEDDING(KIND, SYMBOL) KERNEL(hikui_embedding_##SYMBOL)
+
 static const struct {
   const char* name;
   int32_t (*function)(void*, const hikui_any*, int32_t, hikui_any*);
 } kernels[] = {HIKUI_KINDS(PRODUCTS)                    //
+               HIKUI_STORED_KINDS(EMBEDDING)            //
+               KERNEL(hikui_embedding_float16)          //
+               KERNEL(hikui_embedding_float32)          //
                KERNEL(hikui_linear_float16)             //
                KERNEL(hikui_linear_float32)             //
                KERNEL(hikui_quantize_activation)        //

@@ -99,17 +99,10 @@ static int swiglu(const char* name, int quantize, const hikui_any* args, int32_t
 
 /* --- public names ------------------------------------------------------------------------------------------------- */
 
-#define FORWARD(NAME, CALL)                   \
-  HIKUI_PACKED(NAME) {                        \
-    (void)self, (void)result;                 \
-    const char* const name = #NAME;           \
-    return CALL;                              \
-  }
-
-FORWARD(hikui_quantize_activation, quantize_activation(name, DYNAMIC_INT8, args, count))
-FORWARD(hikui_quantize_activation_int4, quantize_activation(name, DYNAMIC_INT4, args, count))
-FORWARD(hikui_quantize_activation_static, quantize_activation(name, STATIC_INT8, args, count))
-FORWARD(hikui_rms_norm, rms_norm(name, 0, args, count))
-FORWARD(hikui_rms_norm_quantize, rms_norm(name, 1, args, count))
-FORWARD(hikui_swiglu, swiglu(name, 0, args, count))
-FORWARD(hikui_swiglu_quantize, swiglu(name, 1, args, count))
+HIKUI_FORWARD(hikui_quantize_activation, quantize_activation(name, DYNAMIC_INT8, args, count))
+HIKUI_FORWARD(hikui_quantize_activation_int4, quantize_activation(name, DYNAMIC_INT4, args, count))
+HIKUI_FORWARD(hikui_quantize_activation_static, quantize_activation(name, STATIC_INT8, args, count))
+HIKUI_FORWARD(hikui_rms_norm, rms_norm(name, 0, args, count))
+HIKUI_FORWARD(hikui_rms_norm_quantize, rms_norm(name, 1, args, count))
+HIKUI_FORWARD(hikui_swiglu, swiglu(name, 0, args, count))
+HIKUI_FORWARD(hikui_swiglu_quantize, swiglu(name, 1, args, count))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from hikui.backends.kernels.build import SYMBOLS, build, compiler
+from hikui.backends.kernels.build import build, compiler
+from hikui.backends.kernels.symbols import SYMBOLS
 from hikui.lowering.errors import HikuiError
 
 _INT, _FLOAT, _DLTENSOR = 1, 3, 7

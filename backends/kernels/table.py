@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from hikui.backends.kernels import activation, attention, cache, linear, weight_only
 from hikui.backends.kernels.fields import SEGMENTS
 from hikui.backends.kernels.isa.base import SIZES, Isa, Tile
+from hikui.backends.kernels.symbols import FLOATS, SYMBOLS, kept, kernels_called
+from hikui.lowering.formats import KINDS
 
-FLOATS = ("float16", "float32")
 GENERIC = "generic"
 ACTIVATIONS = ("int8", "int8 static", "int4", "float32", "float16")
 """What activations products take: quantised a token, by a step known beforehand, or not at all."""
@@ -119,6 +120,25 @@ def is_fallback(name: str) -> bool:
     return name.startswith(GENERIC)
 
 
+def objects(isa: Isa, symbols: Sequence[str]) -> list[str]:
+    """C symbols of the kernels that public functions need of an instruction set, which are its objects' names too."""
+    called = kernels_called(symbols)
+    chosen = []
+    for kernel in kernels(isa):
+        name = kernel.symbol.removeprefix("hikui_").removesuffix(f"__{isa.name}")
+        if name in called or _belongs(isa, name, called):
+            chosen.append(kernel.symbol)
+    return chosen
+
+
+def _belongs(isa: Isa, name: str, called: frozenset[str]) -> bool:
+    """Whether a kernel is one of several sizes of a product that is called, or prepares activations for it."""
+    sizes = {*SIZES, *_WEIGHT_ONLY_ROWS, *_float_tiles(isa)}
+    if any(name == f"{kernel}_{size}" for kernel in called if kernel.startswith("linear_") for size in sizes):
+        return True
+    return any(special.prepare == name and f"linear_a8_{kind}" in called for (kind, _), special in isa.special.items())
+
+
 def _entry(isa: Isa, kind: str, size: str) -> str:
     size = isa.classes.get(size, size)
     special = isa.special.get((kind, size))
@@ -129,42 +149,68 @@ def _entry(isa: Isa, kind: str, size: str) -> str:
     return f'{{{symbol}, "{kernel_name(isa, kind, size)}", {blocks}, {prepare}, {prepared_bytes}}}'
 
 
-def _c_table(isa: Isa) -> str:
+def _c_table(isa: Isa, symbols: Sequence[str]) -> str:
+    """The table of an instruction set; what no public function calls stays null."""
+    called = kernels_called(symbols)
+    held = set(objects(isa, symbols))
+
     def symbol(kernel: str) -> str:
         return kernel_symbol(kernel, isa)
 
-    lines = [f"extern {kernel.ctype} {kernel.symbol};" for kernel in kernels(isa)]
+    def entry(name: str) -> str:
+        return symbol(name) if symbol(name) in held else "0"
+
+    lines = [f"extern {kernel.ctype} {kernel.symbol};" for kernel in kernels(isa) if kernel.symbol in held]
     lines.append(f"static const struct kernel_table table_{isa.name} = {{")
     lines.append(f'  .isa = "{isa.name}", .supported = supports_{isa.name},')
-    served = [f"{kind} {size} {kernel_name(isa, kind, size)}" for kind in SEGMENTS for size in SIZES]
-    lines.append("  .description =")
+    integer = [kind for kind in SEGMENTS if f"linear_a8_{kind}" in called]
+    served = [f"{kind} {size} {kernel_name(isa, kind, size)}" for kind in integer for size in SIZES]
+    lines.append('  .description = ""')
     lines += [f'    "{line}\\n"' for line in served]
     lines[-1] += ","
-    for kind in SEGMENTS:
+    for kind in integer:
         entries = ", ".join(_entry(isa, kind, size) for size in SIZES)
         lines.append(f"  .integer[{kind.upper()}] = {{{entries}}},")
-        pair = ", ".join(symbol(f"linear_{kind}_{size}") for size in _WEIGHT_ONLY_ROWS)
-        lines.append(f"  .weight_only[{kind.upper()}] = {{{pair}}},")
+    for kind in SEGMENTS:
+        if f"linear_{kind}" in called:
+            pair = ", ".join(symbol(f"linear_{kind}_{size}") for size in _WEIGHT_ONLY_ROWS)
+            lines.append(f"  .weight_only[{kind.upper()}] = {{{pair}}},")
     tiles = _float_tiles(isa)
     lines.append(f"  .floating_blocks = {{{', '.join(str(tile.blocks) for tile, _ in tiles.values())}}},")
     for kind in FLOATS:
         lines.append(
-            f"  .floating[{kind.upper()}] = {{{', '.join(symbol(f'linear_{kind}_{size}') for size in tiles)}}},"
+            f"  .floating[{kind.upper()}] = {{{', '.join(entry(f'linear_{kind}_{size}') for size in tiles)}}},"
         )
-    quantisers = ", ".join(symbol(f"quantize_activation_{mode}") for mode in activation.MODES)
+    quantisers = ", ".join(entry(f"quantize_activation_{mode}") for mode in activation.MODES)
     lines.append(f"  .quantize = {{{quantisers}}},")
     for name in ("rms_norm", "swiglu", "rotary"):
-        lines.append(f"  .{name} = {symbol(name)},")
+        lines.append(f"  .{name} = {entry(name)},")
     for kernel, formats in _OVER_CACHES.items():
         name = kernel.__name__
-        lines.append(f"  .{name} = {{{', '.join(symbol(f'{name}_{fmt}') for fmt in formats)}}},")
+        lines.append(f"  .{name} = {{{', '.join(entry(f'{name}_{fmt}') for fmt in formats)}}},")
     lines.append("};")
     return "\n".join(lines) + "\n"
 
 
-def c_tables(isas: Sequence[Isa]) -> str:
-    """The C text that select.c includes: a table for each instruction set, best last."""
+def _stored_kinds() -> str:
+    """How each kind is stored, for the look-ups."""
+    lines = ["static const struct stored_kind stored_kinds[KINDS] = {"]
+    for name, kind in KINDS.items():
+        codes = ", ".join(map(str, kind.codes or (0,)))
+        lines.append(f"  [{name.upper()}] = {{{kind.bits}, {kind.lines}, {{{codes}}}}},")
+    return "\n".join([*lines, "};"]) + "\n"
+
+
+def c_includes(isas: Sequence[Isa], symbols: Sequence[str] = SYMBOLS) -> dict[str, str]:
+    """The C text that the dispatcher includes, by the names of its files.
+
+    Args:
+        isas: the instruction sets, best last.
+        symbols: the public functions that it is to have.
+    """
     names = [isa.name for isa in isas]
-    text = "".join(map(_c_table, isas))
-    text += f"static const struct kernel_table* const tables[] = {{{', '.join(f'&table_{name}' for name in names)}}};\n"
-    return text + f'#define TABLE_NAMES "{", ".join(names)}"\n'
+    tables = "".join(_c_table(isa, symbols) for isa in isas)
+    order = ", ".join(f"&table_{name}" for name in names)
+    tables += f"static const struct kernel_table* const tables[] = {{{order}}};\n"
+    tables += f'#define TABLE_NAMES "{", ".join(names)}"\n'
+    return {"isas.inc": tables, "kinds.inc": _stored_kinds(), "symbols.inc": kept(symbols)}

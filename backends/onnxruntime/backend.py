@@ -9,7 +9,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 
 from hikui.backends import toolchain
 from hikui.backends.kernels.cuda import artefact as cuda
-from hikui.backends.onnxruntime import external_data, library
+from hikui.backends.onnxruntime import external_data, library, schemas
 from hikui.backends.onnxruntime.attention_rotary import RotateInAttention
 from hikui.backends.onnxruntime.group_query_attention import UseGroupQueryAttention
 from hikui.backends.onnxruntime.normalization import (
@@ -90,7 +90,8 @@ class OnnxRuntimeBackend:
 
         library_path = f"ops/{target.triple}/libhikui_ops.so"
         progress("operators", 0, 1)
-        library.build(target, directory / library_path)
+        operators = {node.op_type for node in model.graph if node.domain == schemas.DOMAIN}
+        library.build(target, directory / library_path, sorted(map(schemas.kernel_of, operators)))
         progress("operators", 1, 1)
         script = directory / SCRIPT
         script.parent.mkdir(parents=True, exist_ok=True)

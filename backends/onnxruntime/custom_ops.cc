@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "ort_abi.h"
+#include "symbols.inc"
 
 namespace {
 
@@ -23,9 +24,9 @@ constexpr int64_t kSumWidth = 32;
 
 using Kernel = int32_t(void* self, const hikui_any* args, int32_t count, hikui_any* result);
 
-// How an output's dimensions follow from those of input 0; kUpdated is a new version of another input, kWidened has the
+// How an output's dimensions follow from those of input 0; kRows is a row of `out_features` for each element, kUpdated is a new version of another input, kWidened has the
 // columns of another input.
-enum class Shape : uint8_t { kSame, kOutFeatures, kPadded, kTokens, kSums, kUpdated, kWidened };
+enum class Shape : uint8_t { kSame, kOutFeatures, kRows, kPadded, kTokens, kSums, kUpdated, kWidened };
 
 struct Input {
   ElementType type;
@@ -42,7 +43,7 @@ struct Output {
 struct Spec {
   const char* name;
   Kernel* kernel;
-  const char* number;  // a float attribute, passed to the kernel between inputs and outputs, or null
+  const char* number;  // an attribute, passed to the kernel between inputs and outputs, or null: a float, but `rows`
   size_t inputs;
   Input input[kMaxOperands];
   size_t outputs;
@@ -50,62 +51,78 @@ struct Spec {
 };
 
 // Every weight format with integer codes: its name in operators, its name in symbols, what holds it.
-#define HIKUI_WEIGHTS(X)                                                                                       \
+#define HIKUI_ALIKE(X)                                                                                         \
   X(Sign, sign, kUint8) X(Int2, int2, kUint8) X(Ternary, ternary, kUint8) X(Int3, int3, kUint8)                \
-  X(Int4, int4, kUint8) X(Nf4, nf4, kUint8) X(Fp4, fp4, kUint8) X(Int8, int8, kInt8) X(Mixed, mixed, kUint8)
+  X(Int4, int4, kUint8) X(Nf4, nf4, kUint8) X(Fp4, fp4, kUint8) X(Int8, int8, kInt8)
+#define HIKUI_WEIGHTS(X) HIKUI_ALIKE(X) X(Mixed, mixed, kUint8)
+// The operator of a kernel, if this library holds it.
+#define HIKUI_OPERATOR(NAME, SYMBOL, ...)                                                                      \
+  HIKUI_KEEP_hikui_##SYMBOL({NAME, __tvm_ffi_hikui_##SYMBOL, __VA_ARGS__},)
 
 #define HIKUI_PACKED_A8(weight) {kInt8}, {kFloat}, {kInt32}, {weight}, {kFloat16}, {kFloat, kOptional}
 #define HIKUI_QUANTIZED {kInt8, Shape::kPadded}, {kFloat, Shape::kTokens}, {kInt32, Shape::kSums}
 #define HIKUI_PRODUCTS(NAME, SYMBOL, WEIGHT)                                                                   \
-  {"LinearA8" #NAME, __tvm_ffi_hikui_linear_a8_##SYMBOL, nullptr, 6, {HIKUI_PACKED_A8(WEIGHT)},                \
-   1, {{kFloat, Shape::kOutFeatures}}},                                                                        \
-  {"LinearA8Branch" #NAME, __tvm_ffi_hikui_linear_a8_branch_##SYMBOL, nullptr, 9,                              \
-   {HIKUI_PACKED_A8(WEIGHT), {kFloat}, {kFloat16}, {kFloat16}}, 1, {{kFloat, Shape::kOutFeatures}}},           \
-  {"Linear" #NAME, __tvm_ffi_hikui_linear_##SYMBOL, nullptr, 4,                                                \
-   {{kFloat}, {WEIGHT}, {kFloat16}, {kFloat, kOptional}}, 1, {{kFloat, Shape::kOutFeatures}}},
+  HIKUI_OPERATOR("LinearA8" #NAME, linear_a8_##SYMBOL, nullptr, 6, {HIKUI_PACKED_A8(WEIGHT)},                  \
+                 1, {{kFloat, Shape::kOutFeatures}})                                                           \
+  HIKUI_OPERATOR("LinearA8Branch" #NAME, linear_a8_branch_##SYMBOL, nullptr, 9,                                \
+                 {HIKUI_PACKED_A8(WEIGHT), {kFloat}, {kFloat16}, {kFloat16}}, 1, {{kFloat, Shape::kOutFeatures}}) \
+  HIKUI_OPERATOR("Linear" #NAME, linear_##SYMBOL, nullptr, 4,                                                  \
+                 {{kFloat}, {WEIGHT}, {kFloat16}, {kFloat, kOptional}}, 1, {{kFloat, Shape::kOutFeatures}})
+#define HIKUI_EMBEDDINGS(NAME, SYMBOL, WEIGHT)                                                                 \
+  HIKUI_OPERATOR("Embedding" #NAME, embedding_##SYMBOL, kRowsAttribute, 3, {{kInt64}, {WEIGHT}, {kFloat16}},   \
+                 1, {{kFloat, Shape::kRows}})
 
 #define HIKUI_QUANTISED_CACHE(NAME, SYMBOL, CODES)                                                             \
-  {"Attention" #NAME, __tvm_ffi_hikui_attention_##SYMBOL, "scale", 8,                                          \
-   {{kFloat}, {kFloat}, {kFloat}, {CODES}, {CODES}, {kFloat16}, {kFloat16}, {kInt64}},                         \
-   5, {{kFloat, Shape::kSame}, {CODES, Shape::kUpdated, 3}, {CODES, Shape::kUpdated, 4},                       \
-       {kFloat16, Shape::kUpdated, 5}, {kFloat16, Shape::kUpdated, 6}}},                                       \
-  {"CacheUpdate" #NAME, __tvm_ffi_hikui_cache_update_##SYMBOL, nullptr, 4,                                     \
-   {{CODES}, {kFloat16}, {kFloat}, {kInt64}},                                                                  \
-   3, {{kFloat, Shape::kWidened, 2}, {CODES, Shape::kUpdated, 0}, {kFloat16, Shape::kUpdated, 1}}},
+  HIKUI_OPERATOR("Attention" #NAME, attention_##SYMBOL, "scale", 8,                                            \
+                 {{kFloat}, {kFloat}, {kFloat}, {CODES}, {CODES}, {kFloat16}, {kFloat16}, {kInt64}},           \
+                 5, {{kFloat, Shape::kSame}, {CODES, Shape::kUpdated, 3}, {CODES, Shape::kUpdated, 4},         \
+                     {kFloat16, Shape::kUpdated, 5}, {kFloat16, Shape::kUpdated, 6}})                          \
+  HIKUI_OPERATOR("CacheUpdate" #NAME, cache_update_##SYMBOL, nullptr, 4,                                       \
+                 {{CODES}, {kFloat16}, {kFloat}, {kInt64}},                                                    \
+                 3, {{kFloat, Shape::kWidened, 2}, {CODES, Shape::kUpdated, 0}, {kFloat16, Shape::kUpdated, 1}})
+
+constexpr char kRowsAttribute[] = "rows";  // an integer
 
 const Spec kSpecs[] = {
     HIKUI_WEIGHTS(HIKUI_PRODUCTS)
-    {"QuantizeActivation", __tvm_ffi_hikui_quantize_activation, nullptr, 1, {{kFloat}}, 3, {HIKUI_QUANTIZED}},
-    {"QuantizeActivationInt4", __tvm_ffi_hikui_quantize_activation_int4, nullptr, 1, {{kFloat}},
-     3, {HIKUI_QUANTIZED}},
-    {"QuantizeActivationStatic", __tvm_ffi_hikui_quantize_activation_static, nullptr, 2, {{kFloat}, {kFloat}},
-     3, {HIKUI_QUANTIZED}},
-    {"LinearFloat32", __tvm_ffi_hikui_linear_float32, nullptr, 3, {{kFloat}, {kFloat}, {kFloat, kOptional}},
-     1, {{kFloat, Shape::kOutFeatures}}},
-    {"LinearFloat16", __tvm_ffi_hikui_linear_float16, nullptr, 3, {{kFloat}, {kFloat16}, {kFloat, kOptional}},
-     1, {{kFloat, Shape::kOutFeatures}}},
-    {"RmsNorm", __tvm_ffi_hikui_rms_norm, "eps", 2, {{kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}}},
-    {"RmsNormQuantize", __tvm_ffi_hikui_rms_norm_quantize, "eps", 2, {{kFloat}, {kFloat}},
-     4, {{kFloat, Shape::kSame}, HIKUI_QUANTIZED}},
-    {"SwiGlu", __tvm_ffi_hikui_swiglu, nullptr, 2, {{kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}}},
-    {"SwiGluQuantize", __tvm_ffi_hikui_swiglu_quantize, nullptr, 2, {{kFloat}, {kFloat}},
-     4, {{kFloat, Shape::kSame}, HIKUI_QUANTIZED}},
-    {"Rotary", __tvm_ffi_hikui_rotary, nullptr, 3, {{kFloat}, {kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}}},
-    {"Attention", __tvm_ffi_hikui_attention, "scale", 6,
-     {{kFloat}, {kFloat}, {kFloat}, {kFloat}, {kFloat}, {kInt64}},
-     3, {{kFloat, Shape::kSame}, {kFloat, Shape::kUpdated, 3}, {kFloat, Shape::kUpdated, 4}}},
+    HIKUI_ALIKE(HIKUI_EMBEDDINGS)
+    HIKUI_OPERATOR("EmbeddingFloat16", embedding_float16, kRowsAttribute, 2, {{kInt64}, {kFloat16}},
+                   1, {{kFloat, Shape::kRows}})
+    HIKUI_OPERATOR("EmbeddingFloat32", embedding_float32, kRowsAttribute, 2, {{kInt64}, {kFloat}},
+                   1, {{kFloat, Shape::kRows}})
+    HIKUI_OPERATOR("QuantizeActivation", quantize_activation, nullptr, 1, {{kFloat}}, 3, {HIKUI_QUANTIZED})
+    HIKUI_OPERATOR("QuantizeActivationInt4", quantize_activation_int4, nullptr, 1, {{kFloat}},
+                   3, {HIKUI_QUANTIZED})
+    HIKUI_OPERATOR("QuantizeActivationStatic", quantize_activation_static, nullptr, 2, {{kFloat}, {kFloat}},
+                   3, {HIKUI_QUANTIZED})
+    HIKUI_OPERATOR("LinearFloat32", linear_float32, nullptr, 3, {{kFloat}, {kFloat}, {kFloat, kOptional}},
+                   1, {{kFloat, Shape::kOutFeatures}})
+    HIKUI_OPERATOR("LinearFloat16", linear_float16, nullptr, 3, {{kFloat}, {kFloat16}, {kFloat, kOptional}},
+                   1, {{kFloat, Shape::kOutFeatures}})
+    HIKUI_OPERATOR("RmsNorm", rms_norm, "eps", 2, {{kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}})
+    HIKUI_OPERATOR("RmsNormQuantize", rms_norm_quantize, "eps", 2, {{kFloat}, {kFloat}},
+                   4, {{kFloat, Shape::kSame}, HIKUI_QUANTIZED})
+    HIKUI_OPERATOR("SwiGlu", swiglu, nullptr, 2, {{kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}})
+    HIKUI_OPERATOR("SwiGluQuantize", swiglu_quantize, nullptr, 2, {{kFloat}, {kFloat}},
+                   4, {{kFloat, Shape::kSame}, HIKUI_QUANTIZED})
+    HIKUI_OPERATOR("Rotary", rotary, nullptr, 3, {{kFloat}, {kFloat}, {kFloat}}, 1, {{kFloat, Shape::kSame}})
+    HIKUI_OPERATOR("Attention", attention, "scale", 6,
+                   {{kFloat}, {kFloat}, {kFloat}, {kFloat}, {kFloat}, {kInt64}},
+                   3, {{kFloat, Shape::kSame}, {kFloat, Shape::kUpdated, 3}, {kFloat, Shape::kUpdated, 4}})
     HIKUI_QUANTISED_CACHE(Int8, int8, kInt8)
     HIKUI_QUANTISED_CACHE(Int4, int4, kUint8)
+    {}  // the end, as a model may use none of them
 };
 
-constexpr size_t kOperators = sizeof(kSpecs) / sizeof(kSpecs[0]);
+constexpr size_t kOperators = sizeof(kSpecs) / sizeof(kSpecs[0]) - 1;
 
 // Sizes beyond what any machine can address are refused before they are added to.
 constexpr int64_t kMostColumns = int64_t{1} << 58;
 
 int64_t padded(int64_t columns) { return (columns + kActivationPadding - 1) / kActivationPadding * kActivationPadding; }
 
-// The dimensions of an output: those of input 0 with the last one replaced (where asked, by `columns`) or dropped.
+// The dimensions of an output: those of input 0 with the last one replaced (where asked, by `columns`) or dropped, or one
+// added.
 size_t output_dims(Shape rule, int64_t columns, const int64_t* dims, size_t rank, int64_t* out) {
   if (rank == 0) return 0;
   memcpy(out, dims, rank * sizeof(int64_t));
@@ -113,6 +130,7 @@ size_t output_dims(Shape rule, int64_t columns, const int64_t* dims, size_t rank
   switch (rule) {
     case Shape::kSame:
     case Shape::kUpdated: break;
+    case Shape::kRows: out[rank] = columns; return rank + 1;
     case Shape::kOutFeatures:
     case Shape::kWidened: last = columns; break;
     case Shape::kPadded: last = padded(last); break;
@@ -135,7 +153,7 @@ hikui_dtype data_type(ElementType type) {
 
 struct Tensor {
   hikui_tensor view;
-  int64_t dims[kMaxRank];
+  int64_t dims[kMaxRank + 1];  // a look-up's result has one more than its ids
 
   void describe(void* data, ElementType type, size_t rank) {
     view = {data, {1, 0}, static_cast<int32_t>(rank), data_type(type), dims, nullptr, 0};
@@ -148,8 +166,10 @@ struct Tensor {
   }
 };
 
-// The attribute by which the model says how many columns the output of a product has.
+// The attribute by which the model says how many columns the output of a product or a look-up has.
 bool is_width(int64_t out_features) { return out_features >= 1 && out_features <= kMostColumns; }
+
+bool has_width(Shape rule) { return rule == Shape::kOutFeatures || rule == Shape::kRows; }
 
 constexpr char kNoWidth[] = "hikui: out_features must be a positive number of columns";
 
@@ -162,6 +182,7 @@ struct OperatorKernel {
   const Spec* spec;
   int64_t out_features;
   float number;
+  int64_t rows;
   bool constant[kMaxOperands];
   Tensor fixed[kMaxOperands];
 };
@@ -246,8 +267,12 @@ Status* compute(void* state, KernelContext* context) {
     arguments[count++] = argument(&given[i].view);
   }
   if (spec->number != nullptr) {
-    hikui_any number = {HIKUI_ANY_FLOAT, 0, {}};
-    number.value.as_float = kernel->number;
+    hikui_any number = {spec->number == kRowsAttribute ? HIKUI_ANY_INT : HIKUI_ANY_FLOAT, 0, {}};
+    if (spec->number == kRowsAttribute) {
+      number.value.as_int = kernel->rows;
+    } else {
+      number.value.as_float = kernel->number;
+    }
     arguments[count++] = number;
   }
 
@@ -298,12 +323,13 @@ Status* create(const CustomOp* op, const Api* api, const KernelInfo* info, void*
   kernel->api = api;
   kernel->spec = &spec;
   Status* failed = nullptr;
-  if (spec.output[0].shape == Shape::kOutFeatures) {
+  if (has_width(spec.output[0].shape)) {
     failed = api->attribute(info, "out_features", &kernel->out_features);
     if (failed == nullptr && !is_width(kernel->out_features)) failed = api->create_status(kInvalidArgument, kNoWidth);
   }
   if (failed == nullptr && spec.number != nullptr) {
-    failed = api->attribute(info, spec.number, &kernel->number);
+    failed = spec.number == kRowsAttribute ? api->attribute(info, spec.number, &kernel->rows)
+                                           : api->attribute(info, spec.number, &kernel->number);
   }
   for (size_t i = 0; i < spec.inputs && failed == nullptr; ++i) {
     int constant = 0;
@@ -330,12 +356,12 @@ Status* infer(const CustomOp* op, ShapeInference* inference) {
   size_t rank = 0;
   if (Status* failed = api->rank(given, &rank)) return failed;
   if (rank == 0 || rank > kMaxRank) return nullptr;
-  int64_t dims[kMaxRank], result[kMaxRank];
+  int64_t dims[kMaxRank], result[kMaxRank + 1];
   const char* names[kMaxRank];
   if (Status* failed = api->dimensions(given, dims, rank)) return failed;
   if (Status* failed = api->symbolic(given, names, rank)) return failed;
   int64_t out_features = 0;
-  if (spec.output[0].shape == Shape::kOutFeatures) {
+  if (has_width(spec.output[0].shape)) {
     const Attribute* attribute = nullptr;
     size_t needed = 0;
     if (Status* failed = api->attribute(inference, "out_features", &attribute)) return failed;
@@ -365,7 +391,7 @@ Status* infer(const CustomOp* op, ShapeInference* inference) {
       columns = sizes[other_rank - 1];
     }
     const size_t count = output_dims(output.shape, columns, dims, rank, result);
-    const char* kept[kMaxRank];
+    const char* kept[kMaxRank + 1];
     for (size_t d = 0; d < count; ++d) kept[d] = result[d] < 0 ? names[d] : "";
     TensorShape* shape = nullptr;
     if (Status* failed = api->create_shape(&shape)) return failed;
@@ -408,7 +434,7 @@ void fill(Operator* op, const Spec* spec) {
   op->release_alias_map = [](int*, int*) {};
 }
 
-Operator operators[kOperators];
+Operator operators[kOperators + 1];
 
 }  // namespace
 

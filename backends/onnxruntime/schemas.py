@@ -3,6 +3,8 @@
 `libhikui_ops.so` implements all of them; passes exchange some for operators that ONNX Runtime has itself.
 """
 
+import re
+
 import onnx
 from onnx.defs import OpSchema
 
@@ -23,13 +25,14 @@ _PACKED_A8 = (
 _BRANCH = (("x", "T"), ("a", "T16"), ("b", "T16"))
 _PACKED = (("x", "T"), ("weight", "W"), ("scale", "T16"), ("bias", "T", "optional"))
 _OUT_FEATURES = {"out_features": "INT"}
+_TABLE = {"rows": "INT", "out_features": "INT"}
 _CACHES = (("key_cache", "T"), ("value_cache", "T"))
 
 _Operand = tuple[str, ...]
 
 
 def product(form: str, kind: str) -> str:
-    """The operator of a product with one kind of weights: `LinearA8` and `nf4` make `LinearA8Nf4`."""
+    """The operator of a product or look-up with one kind of weights: `LinearA8` and `nf4` make `LinearA8Nf4`."""
     return form + kind.capitalize()
 
 
@@ -64,6 +67,15 @@ for _format, _codes in (("Int8", "T8"), ("Int4", "U8")):
         {},
     )
 
+for _kind in KINDS:
+    _OPERATORS[product("Embedding", _kind)] = (
+        (("ids", "T64"), ("weight", "W"), ("scale", "T16")),
+        (("y", "T"),),
+        _TABLE,
+    )
+for _kind, _values in (("float16", "T16"), ("float32", "T")):
+    _OPERATORS[product("Embedding", _kind)] = ((("ids", "T64"), ("weight", _values)), (("y", "T"),), _TABLE)
+
 for _kind in (*KINDS, MIXED):
     _OPERATORS[product("Linear", _kind)] = (_PACKED, (("y", "T"),), _OUT_FEATURES)
     _OPERATORS[product("LinearA8", _kind)] = (_PACKED_A8, (("y", "T"),), _OUT_FEATURES)
@@ -75,7 +87,7 @@ _TYPES = [
     ("T16", ["tensor(float16)"], "scales and branches"),
     ("T32", ["tensor(int32)"], "sums"),
     ("U8", ["tensor(uint8)"], "pairs of codes"),
-    ("T64", ["tensor(int64)"], "positions"),
+    ("T64", ["tensor(int64)"], "positions and ids"),
     ("W", ["tensor(uint8)", "tensor(int8)"], "packed integer weights"),
 ]
 
@@ -98,6 +110,12 @@ def _schema(name: str) -> OpSchema:
         attributes=[OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind)) for key, kind in attributes.items()],
         type_constraints=[constraint for constraint in _TYPES if constraint[0] in used],
     )
+
+
+def kernel_of(operator: str) -> str:
+    """The public function of the kernels that an operator of the domain runs: of `LinearA8Nf4` hikui_linear_a8_nf4."""
+    words = re.sub(r"(?<=.)([A-Z])", r"_\1", operator.replace("SwiGlu", "Swiglu")).lower()
+    return f"hikui_{words}"
 
 
 def register() -> None:

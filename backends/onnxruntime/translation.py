@@ -83,6 +83,11 @@ def _linear_a8_branch(
     return _product("LinearA8Branch", format)(q, q_scale, q_sums, weight, scale, bias, x, a, b, out_features=out)
 
 
+def _embedding(ids: _Value, weight: _Value, scale: _Value | None, format: str, rows: int, columns: int) -> _Value:
+    scales = (scale,) if Format.parse(format).is_integer else ()
+    return _product("Embedding", format)(ids, weight, *scales, rows=rows, out_features=columns)
+
+
 def _rms_norm(x: _Value, weight: _Value, eps: float) -> _Value:
     return _hikui.RmsNorm(x, weight, eps=eps)
 
@@ -147,6 +152,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ops.cache_update.default: _cache_update,
         ops.cache_update_quantized.default: _cache_update_quantized,
         ops.causal_mask.default: _causal_mask,
+        ops.embedding.default: _embedding,
         ops.linear.default: _linear,
         ops.linear_a8.default: _linear_a8,
         ops.linear_a8_branch.default: _linear_a8_branch,

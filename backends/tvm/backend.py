@@ -14,7 +14,7 @@ from hikui.backends import kernels, toolchain
 from hikui.backends.kernels.cuda import artefact as cuda
 from hikui.backends.tvm import index as files
 from hikui.backends.tvm.determinism import order_shape_stores
-from hikui.backends.tvm.module import refusal, relax_module
+from hikui.backends.tvm.module import kernels_called, refusal, relax_module
 from hikui.backends.tvm.native.build import build_runner
 from hikui.backends.tvm.parameters import write_parameters
 from hikui.backends.tvm.tokens import token_bytes, write_tokens
@@ -50,7 +50,7 @@ def _linker(triple: str) -> Callable[[str, list[str]], None]:
 
 
 def build_library(program: Program, target: Target, path: Path) -> None:
-    """Compiles a program and links it with the kernels into one library.
+    """Compiles a program and links it with the kernels that it calls into one library.
 
     Raises:
         HikuiError: an operator has no translation, or no compiler is installed.
@@ -64,7 +64,8 @@ def build_library(program: Program, target: Target, path: Path) -> None:
     except Exception as error:
         raise refusal(error) from error
     with TemporaryDirectory() as scratch:
-        objects = [str(path) for path in kernels.build(target.triple, target.isas, Path(scratch)).paths]
+        linked = kernels.build(target.triple, target.isas, Path(scratch), kernels_called(module))
+        objects = [str(path) for path in linked.paths]
         executable.export_library(path, fcompile=_linker(target.triple), addons=objects, workspace_dir=scratch)
 
 

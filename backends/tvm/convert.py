@@ -181,9 +181,19 @@ def _cache_update(node: fx.Node, importer: Importer) -> Value:
 
 
 def _embedding(node: fx.Node, importer: Importer) -> Value:
-    """Rows of a table. The runners check the ids; clipping keeps a wrong one from reading elsewhere all the same."""
+    """Rows of a table. The runners check the ids; a packed table's kernel refuses others, a float one clips them."""
+    if node.target is torch.ops.hikui.embedding.default:
+        return _packed_embedding(node, importer)
     weight, tokens = importer.env[node.args[0]], importer.env[node.args[1]]
     return importer.block_builder.emit(relax.op.take(weight, tokens, axis=0, mode="clip"))
+
+
+def _packed_embedding(node: fx.Node, importer: Importer) -> Value:
+    ids, weight, scale, format_name, rows, columns = node.args
+    fmt, env = Format.parse(str(format_name)), importer.env
+    y = relax.TensorType([*_shape(env[ids]), columns], _FLOAT)
+    operands = [env[ids], env[weight], *([env[scale]] if fmt.is_integer else []), relax.prim_value(rows)]
+    return _emit_kernel(importer, f"hikui_embedding_{fmt.kind}", operands, [y])
 
 
 def _index_select(node: fx.Node, importer: Importer) -> Value:

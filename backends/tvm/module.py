@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from tvm import IRModule, relax
 from tvm.relax.frontend.torch import from_exported_program
 
+from hikui.backends.kernels import SYMBOLS
 from hikui.backends.tvm.convert import CONVERTERS, attention_arguments
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import SOURCE, Program
@@ -167,6 +168,20 @@ def relax_module(program: Program) -> IRModule:
             f"The tvm backend has no translation for the operators {names}; lower with --backend onnxruntime."
         ) from None
     return _bundle_weights(module, len(program.weight_nodes()))
+
+
+def kernels_called(module: IRModule) -> tuple[str, ...]:
+    """The public functions of the kernels that a module calls, sorted."""
+    found: set[str] = set()
+
+    def visit(expression: object) -> None:
+        if isinstance(expression, relax.ExternFunc):
+            found.add(str(expression.global_symbol))
+
+    for function in module.functions.values():
+        if isinstance(function, relax.Function):
+            relax.analysis.post_order_visit(function, visit)
+    return tuple(sorted(found & set(SYMBOLS)))
 
 
 def _bundle_weights(module: IRModule, weights: int) -> IRModule:

@@ -13,7 +13,7 @@ import tvm
 from numpy.typing import NDArray
 
 from benchmarks.kernels.contestant import Prepared, Step, UnavailableError, Workload
-from hikui.backends.kernels.build import SYMBOLS
+from hikui.backends.kernels import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import GROUP, Operands, format_of
 from hikui.lowering.artefact.target import core_count, resolve

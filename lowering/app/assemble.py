@@ -161,7 +161,8 @@ def assemble(
             weight_bytes=taken.total_bytes,
             total_bytes=sum(entry.bytes for entry in files.values()),
             cache_bytes=config.cache_bytes,
-            true_bpw=round(taken.true_bpw, 6),
+            parameters=taken.parameters,
+            **taken.bits(),
         ),
         metrics=_metrics(program, sites),
         provenance=artefacts.Provenance(
@@ -221,7 +222,7 @@ def reference_numbers(program: Program, observe: Observer | None = None) -> arte
         program, torch.from_numpy(tokens)[None], torch.from_numpy(logits), "The lowered program gives"
     )
     refuse_vanished_caches(config, runner.caches, count)
-    return artefacts.Reference(tokens, prompt, logits)
+    return artefacts.Reference(tokens, prompt, logits[prompt - 1 :])
 
 
 def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens: int) -> None:

@@ -25,6 +25,8 @@ class RunnableModel:
     Attributes:
         kind: how it runs, in words.
         eos: the tokens that end a text.
+        block_bpw, true_bpw, all_bpw: bits per weight of the linear sites in blocks, of all of them, and of everything
+            stored; see `lowering/ir/sizes.py`.
         linear_bytes: of the linear sites, the head among them.
         total_bytes: of the whole artefact, or of all weights where there is none.
         prepared: the programs behind it, where a recipe was run.
@@ -34,7 +36,9 @@ class RunnableModel:
     runner: Runner
     codec: TextCodec
     eos: tuple[int, ...]
+    block_bpw: float
     true_bpw: float
+    all_bpw: float
     linear_bytes: int
     total_bytes: int
     prepared: Prepared | None = None
@@ -70,12 +74,15 @@ def open_runnable_model(
     if program.tokenizer is None:
         raise HikuiError(f"{request.name} has no tokenizer, so no text can be measured; give one with --tokenizer.")
     measured = sizes.measure(program)
+    bits = measured.bits()
     return RunnableModel(
         kind,
         ReferenceRunner(program),
         text.TextCodec(program.tokenizer),
         program.config.eos_token_ids,
-        round(measured.true_bpw, 6),
+        bits["block_bpw"],
+        bits["true_bpw"],
+        bits["all_bpw"],
         measured.linear_bytes,
         measured.total_bytes,
         prepared,
@@ -96,7 +103,9 @@ def _artefact(request: Request, emulate: bool) -> RunnableModel:
         if request.tokenizer is None
         else TextCodec(ModelTokenizer(Path(request.tokenizer), request.trust_remote_code)),
         artefact.manifest.model.eos_token_ids,
+        taken.block_bpw,
         taken.true_bpw,
+        taken.all_bpw,
         taken.linear_bytes,
         taken.total_bytes,
     )

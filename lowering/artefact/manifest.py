@@ -32,7 +32,7 @@ REFERENCE_TOLERANCE = "reference_tolerance"
 
 SCHEMA_VERSION: Final = 2
 
-_CHANGES = {1: "int2 and int3 have other codes since then, and groups fit K"}
+_CHANGES = {1: "int2 and int3 have other codes since then, groups fit K, and embeddings are packed"}
 """What an older schema's artefacts have otherwise, by its version."""
 
 _MOST_BYTES = 64 << 20
@@ -90,7 +90,10 @@ class SizesEntry(_Entry):
     weight_bytes: int = Field(description="every weight once: linear sites, embeddings, norms, biases")
     total_bytes: int = Field(description="every file of the artefact but the manifest")
     cache_bytes: int | None = Field(default=None, description="of a full key-value cache; not part of any file")
+    parameters: int = Field(description="of the model, each tied matrix once")
+    block_bpw: float = Field(description="bits per weight over the linear sites inside blocks, so without the head")
     true_bpw: float = Field(description="bits per weight over the linear sites, the head among them")
+    all_bpw: float = Field(description="weight_bytes in bits, over all parameters of the model")
 
 
 class TraceEntry(_Entry):
@@ -167,7 +170,8 @@ class Reference:
     """Numbers that a runner must give: `tokens` [T], of which the first `prompt` go in at once and the others singly.
 
     Attributes:
-        logits: float32 [T, V], from the interpreter of the lowered program.
+        logits: float32 [1 + T − prompt, V], from the interpreter of the lowered program: of the prompt's last token,
+            which all of the prompt decides, and of each that follows.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -175,31 +179,38 @@ class Reference:
     logits: npt.NDArray[np.float32]
 
     def save(self, path: Path) -> None:
-        """Writes a safetensors file."""
-        path.write_bytes(save({"logits": self.logits, "prompt": np.array([self.prompt]), "tokens": self.tokens}))
+        """Writes a safetensors file: logits as halves of the largest, which costs a 4000th of it and half the bytes."""
+        largest = np.abs(self.logits).max(initial=0.0, keepdims=True).reshape(1)
+        halves = (self.logits / (largest if largest > 0 else 1)).astype(np.float16)
+        tensors = {"largest": largest, "logits": halves, "prompt": np.array([self.prompt]), "tokens": self.tokens}
+        path.write_bytes(save(tensors))
 
     @staticmethod
     def load(path: Path) -> "Reference":
         """Reads what `save` wrote.
 
         Raises:
-            HikuiError: the file is damaged, or holds something else than finite logits of each of its tokens.
+            HikuiError: the file is damaged, or holds something else than finite logits of its tokens.
         """
         try:
             tensors = load_file(path)
-            tokens, prompt, logits = (tensors[name] for name in ("tokens", "prompt", "logits"))
+            tokens, prompt, logits, largest = (tensors[name] for name in ("tokens", "prompt", "logits", "largest"))
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             raise HikuiError(f"{path} is damaged ({error}); lower the model again.") from None
-        whole = tokens.dtype == prompt.dtype == np.int64 and logits.dtype == np.float32 and prompt.shape == (1,)
-        if not whole or logits.ndim != 2 or tokens.shape != logits.shape[:1] or not logits.size:
-            raise HikuiError(
-                f"{path} is damaged: it does not hold a row of logits for each token; lower the model again."
-            )
+        whole = tokens.dtype == prompt.dtype == np.int64 and logits.dtype == np.float16 and tokens.ndim == 1
+        whole = whole and largest.dtype == np.float32 and prompt.shape == largest.shape == (1,) and logits.ndim == 2
+        if not whole or not logits.size or not tokens.size:
+            raise HikuiError(f"{path} is damaged: it does not hold tokens and their logits; lower the model again.")
         if not 1 <= prompt[0] <= tokens.size or tokens.min() < 0 or tokens.max() >= logits.shape[1]:
             raise HikuiError(f"{path} is damaged: its prompt or a token is out of range; lower the model again.")
-        if not np.isfinite(logits).all() or not logits.any():
+        if logits.shape[0] != 1 + tokens.size - prompt[0]:
+            raise HikuiError(
+                f"{path} is damaged: it holds {logits.shape[0]} rows of logits for a prompt of {prompt[0]} of "
+                f"{tokens.size} tokens; lower the model again."
+            )
+        if not np.isfinite(logits).all() or not logits.any() or not np.isfinite(largest).all() or not largest > 0:
             raise HikuiError(f"{path} has logits that say nothing: all zero, or not finite; lower the model again.")
-        return Reference(tokens, int(prompt[0]), logits)
+        return Reference(tokens, int(prompt[0]), logits.astype(np.float32) * largest)
 
 
 @dataclass(frozen=True)

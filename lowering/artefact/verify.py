@@ -132,9 +132,9 @@ def require_machine(artefact: Artefact) -> None:
 
 
 def logits(runner: Runner, reference: Reference) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What a runner gives for the reference's tokens: float32 [T, V]."""
+    """What a runner gives for the reference's tokens, as `Reference.logits` has them: float32 [1 + T − prompt, V]."""
     runner.reset()
-    rows = [runner.forward(reference.tokens[: reference.prompt], 0)]
+    rows = [runner.forward(reference.tokens[: reference.prompt], 0)[-1:]]
     for at in range(reference.prompt, reference.tokens.size):
         rows.append(runner.forward(reference.tokens[at : at + 1], at))
     return np.concatenate(rows)
@@ -199,5 +199,5 @@ def check_numbers(artefact: Artefact, open_runner: Callable[[], Runner], name: s
     return Check(
         name,
         True,
-        f"{reference.tokens.size} positions, largest difference {error:.1e} of the largest logit ({allowed:g} allowed)",
+        f"{len(reference.logits)} positions, largest difference {error:.1e} of the largest logit ({allowed:g} allowed)",
     )

@@ -20,6 +20,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _BLOCKS = 512
 """Blocks of rows unpacked at a time: unpacked, the head of a large vocabulary takes gigabytes."""
 
+_LOOKUPS = 2048
+"""Rows of an embedding unpacked at a time."""
+
 _PACKED_A8 = "Tensor q, Tensor q_scale, Tensor q_sums, Tensor weight, Tensor scale, Tensor? bias"
 
 
@@ -152,6 +155,33 @@ def _linear_a8_branch_meta(
     return q.new_empty((*q.shape[:-1], n), dtype=torch.float32)
 
 
+# ── embedding ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _embedding(ids: Tensor, weight: Tensor, scale: Tensor | None, format: str, rows: int, columns: int) -> Tensor:
+    wanted, fmt = ids.reshape(-1), _format(format)
+    if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= rows):
+        raise IndexError(f"an id of {int(wanted.min())} … {int(wanted.max())} is none of the embedding's {rows} rows")
+    out = torch.empty(wanted.numel(), columns)
+    for start in range(0, wanted.numel(), _LOOKUPS):
+        part = wanted[start : start + _LOOKUPS]
+        held = None if scale is None else _as_blocks(scale, part)
+        out[start : start + _LOOKUPS] = formats.unpack(fmt, _as_blocks(weight, part), held, part.numel(), columns)
+    return out.reshape(*ids.shape, columns)
+
+
+def _as_blocks(stored: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a tensor of the packed layout [blocks, ·, 16, …], as the rows of new blocks."""
+    picked = stored[rows // ROWS, :, rows % ROWS]
+    blocks = F.pad(picked, (0, 0) * (picked.dim() - 1) + (0, -len(rows) % ROWS))
+    held: Tensor = blocks.unflatten(0, (-1, ROWS))
+    return held.transpose(1, 2)
+
+
+def _embedding_meta(ids: Tensor, weight: Tensor, scale: Tensor | None, format: str, rows: int, columns: int) -> Tensor:
+    return ids.new_empty((*ids.shape, columns), dtype=torch.float32)
+
+
 # ── norm, SwiGLU, rotary, attention ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -248,6 +278,11 @@ _define(
     f"linear_a8_branch({_PACKED_A8}, Tensor x, Tensor a, Tensor b, str format, int out_features) -> Tensor",
     _linear_a8_branch,
     _linear_a8_branch_meta,
+)
+_define(
+    "embedding(Tensor ids, Tensor weight, Tensor? scale, str format, int rows, int columns) -> Tensor",
+    _embedding,
+    _embedding_meta,
 )
 _define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _like_meta)
 _define(

@@ -24,6 +24,8 @@ PACKED_OPS: tuple[Any, ...] = (
     torch.ops.hikui.linear_a8_branch.default,
 )
 
+EMBEDDING: Any = torch.ops.hikui.embedding.default
+
 _BLOCKS = 128
 """Blocks of rows unpacked at a time: the head of a large vocabulary takes gigabytes in float32."""
 
@@ -47,6 +49,11 @@ def operand_names(op: Any) -> tuple[str, ...]:
 def is_packed(node: object) -> TypeGuard[fx.Node]:
     """Whether a node multiplies with a packed weight."""
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in PACKED_OPS
+
+
+def is_packed_embedding(node: object) -> TypeGuard[fx.Node]:
+    """Whether a node looks up rows of a packed matrix."""
+    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is EMBEDDING
 
 
 def is_stored(node: object) -> TypeGuard[fx.Node]:
@@ -85,18 +92,7 @@ class PackedLinear:
         Raises:
             VerificationError: an operand is missing or of another kind than the op's.
         """
-        names = operand_names(node.target)
-        if len(node.args) != len(names) or node.kwargs:
-            raise VerificationError(f"Node {node.name} does not have the operands {', '.join(names)}, by position.")
-        operands = dict(zip(names, node.args, strict=True))
-        for argument in node.target._schema.arguments:  # type: ignore[union-attr]
-            operand, due = operands[argument.name], str(argument.type)
-            if not isinstance(operand, _KINDS[due]):
-                raise VerificationError(f"Node {node.name} takes {operand!r} as its {argument.name}; {due} is due.")
-        try:
-            fmt = Format.parse(str(operands["format"]))
-        except UsageError as error:
-            raise VerificationError(f"Node {node.name}: {error}") from error
+        operands, fmt = _operands(node)
         weight, rows = operands["weight"], operands["out_features"]
         assert isinstance(weight, fx.Node) and isinstance(rows, int), "as the schema has them"
         scale, bias, a, b = (_node_or_none(operands.get(name)) for name in ("scale", "bias", "a", "b"))
@@ -169,35 +165,105 @@ class PackedLinear:
 
     def dense_rows(self, store: WeightStore) -> Iterator[Tensor]:
         """The same, some rows at a time."""
-        weight, scale = _load(store, self.weight), _load(store, self.scale)
-        assert weight is not None, "a packed op has its weight"
         a, b = (None, None) if self.branch is None else (_load(store, node) for node in self.branch)
-        k = self.columns
-        for start in range(0, weight.shape[0], _BLOCKS):
-            blocks = slice(start, start + _BLOCKS)
-            count = min((start + _BLOCKS) * ROWS, self.rows) - start * ROWS
-            matrix = unpack(self.format, weight[blocks], None if scale is None else scale[blocks], count, k)
+        k, start = self.columns, 0
+        for matrix in _unpacked_rows(store, self, k):
             if a is not None and b is not None:
-                rank = int(b.shape[1])
+                rank, count, blocks = int(b.shape[1]), matrix.shape[0], slice(start, start + _BLOCKS)
                 matrix += unpack(_FACTOR, b[blocks], None, count, rank) @ unpack(_FACTOR, a, None, rank, k)
+            start += _BLOCKS
             yield matrix
+
+
+@dataclass(frozen=True)
+class PackedEmbedding:
+    """A look-up of rows of a packed matrix, taken apart; a product may read the same matrix.
+
+    Attributes:
+        node: the call.
+        ids: what it looks up: int64 [...].
+        weight: placeholder of the packed matrix.
+        scale: of its scales; None where the format has none.
+        format: of the weight; any but `mixed`, whose columns stand in another order.
+        rows: how many the matrix has; ids are 0 … rows−1.
+        columns: how many values a row has.
+    """
+
+    node: fx.Node
+    ids: fx.Node
+    weight: fx.Node
+    scale: fx.Node | None
+    format: Format
+    rows: int
+    columns: int
+
+    @staticmethod
+    def of(node: fx.Node) -> "PackedEmbedding":
+        """Takes a call of `hikui::embedding` apart.
+
+        Raises:
+            VerificationError: an operand is missing or of another kind than the op's.
+        """
+        operands, fmt = _operands(node)
+        ids, weight, rows, columns = (operands[name] for name in ("ids", "weight", "rows", "columns"))
+        assert isinstance(ids, fx.Node) and isinstance(weight, fx.Node), "as the schema has them"
+        assert isinstance(rows, int) and isinstance(columns, int), "as the schema has them"
+        return PackedEmbedding(node, ids, weight, _node_or_none(operands["scale"]), fmt, rows, columns)
+
+    def stored(self) -> tuple[fx.Node, ...]:
+        """The placeholders of its matrix: weight and scales."""
+        return (self.weight,) if self.scale is None else (self.weight, self.scale)
+
+    def dense_rows(self, store: WeightStore) -> Iterator[Tensor]:
+        """The matrix, some rows at a time: float32 [rows, columns]."""
+        return _unpacked_rows(store, self, self.columns)
+
+
+def _operands(node: fx.Node) -> tuple[dict[str, fx.node.Argument], Format]:
+    """The operands of a packed op by their names in its schema, each of its kind, and the format.
+
+    Raises:
+        VerificationError: one is missing or of another kind.
+    """
+    names = operand_names(node.target)
+    if len(node.args) != len(names) or node.kwargs:
+        raise VerificationError(f"Node {node.name} does not have the operands {', '.join(names)}, by position.")
+    operands = dict(zip(names, node.args, strict=True))
+    for argument in node.target._schema.arguments:  # type: ignore[union-attr]
+        operand, due = operands[argument.name], str(argument.type)
+        if not isinstance(operand, _KINDS[due]):
+            raise VerificationError(f"Node {node.name} takes {operand!r} as its {argument.name}; {due} is due.")
+    try:
+        return operands, Format.parse(str(operands["format"]))
+    except UsageError as error:
+        raise VerificationError(f"Node {node.name}: {error}") from error
+
+
+def _unpacked_rows(store: WeightStore, packed: PackedLinear | PackedEmbedding, k: int) -> Iterator[Tensor]:
+    """The matrix behind weight and scales, `_BLOCKS` blocks of rows at a time: float32 [rows, k]."""
+    weight, scale = _load(store, packed.weight), _load(store, packed.scale)
+    assert weight is not None, "a packed op has its weight"
+    for start in range(0, weight.shape[0], _BLOCKS):
+        blocks = slice(start, start + _BLOCKS)
+        count = min((start + _BLOCKS) * ROWS, packed.rows) - start * ROWS
+        yield unpack(packed.format, weight[blocks], None if scale is None else scale[blocks], count, k)
 
 
 def float_and_packed_rows(
     program: Program, node: fx.Node, floats: WeightStore, key: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time, the float matrix of a packed site and what it multiplies with: float32 [rows, k] each.
+    """Some rows at a time, a float matrix and the packed one that stands for it: float32 [rows, k] each.
 
-    Both have their columns in the packed site's order.
+    Both have their columns in the packed one's order.
 
     Args:
-        program: holds the packed site.
-        node: a call of one of `PACKED_OPS`.
+        program: holds the packed matrix.
+        node: a call of one of `PACKED_OPS`, or of `hikui::embedding`.
         floats: holds the float matrix.
         key: its store key.
     """
-    packed = PackedLinear.of(node)
-    order, start = packed.column_order(program.store), 0
+    packed = PackedEmbedding.of(node) if is_packed_embedding(node) else PackedLinear.of(node)
+    order, start = None if isinstance(packed, PackedEmbedding) else packed.column_order(program.store), 0
     for approximation in packed.dense_rows(program.store):
         rows = floats.load_rows(key, start, start + approximation.shape[0]).float()
         start += approximation.shape[0]
@@ -226,6 +292,28 @@ def verify_packed(node: fx.Node) -> None:
         down, up = packed.branch
         due.append(("a", down, _FACTOR.weight_shape(packed.rank, k), torch.float16))
         due.append(("b", up, _FACTOR.weight_shape(n, packed.rank), torch.float16))
+    _expect(node, fmt, due)
+
+
+def verify_embedding(node: fx.Node) -> None:
+    """Checks that the operands of a look-up have the shapes and dtypes that its format and its sizes ask for.
+
+    Raises:
+        VerificationError: which one has not.
+    """
+    packed = PackedEmbedding.of(node)
+    fmt, n, k = packed.format, packed.rows, packed.columns
+    if fmt.is_mixed:
+        raise VerificationError(f"Node {node.name} looks up rows of {fmt}, whose columns stand in another order.")
+    if n < 1 or k < 1:
+        raise VerificationError(f"Node {node.name} looks up {n} rows of {k} columns; at least 1 of 1 are due.")
+    if packed.ids.meta["val"].dtype != torch.int64:
+        raise VerificationError(f"Node {node.name} looks up ids of {packed.ids.meta['val'].dtype}; int64 is due.")
+    weight = ("weight", packed.weight, fmt.weight_shape(n, k), fmt.weight_dtype)
+    _expect(node, fmt, [weight, ("scale", packed.scale, fmt.scale_shape(n, k), torch.float16)])
+
+
+def _expect(node: fx.Node, fmt: Format, due: list[tuple[str, object, tuple[int, ...] | None, torch.dtype]]) -> None:
     for name, operand, shape, dtype in due:
         value = operand.meta["val"] if isinstance(operand, fx.Node) else None
         got = None if value is None else tuple(value.shape)

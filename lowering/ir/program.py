@@ -108,6 +108,7 @@ class Program:
         config: what a runner must know.
         tokenizer: the one that the model came with, if any.
         cautions: what its user should know of how the model was read, a sentence each.
+        parameters: how many the model has, each tied matrix once; None where only a text is known.
     """
 
     graph_module: fx.GraphModule
@@ -115,6 +116,7 @@ class Program:
     config: ModelConfig
     tokenizer: ModelTokenizer | None = None
     cautions: tuple[str, ...] = ()
+    parameters: int | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -171,7 +173,7 @@ class Program:
         for old, new in copies.items():
             new.meta = copy.copy(old.meta)
         module = fx.GraphModule(torch.nn.Module(), graph)
-        return Program(module, self.store.fork(), self.config, self.tokenizer, self.cautions)
+        return Program(module, self.store.fork(), self.config, self.tokenizer, self.cautions, self.parameters)
 
     def add_weight(self, key: str, tensor: Tensor) -> fx.Node:
         """Stores a tensor and returns a new placeholder that names it."""

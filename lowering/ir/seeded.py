@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import ROWS, Format, pack
-from hikui.lowering.ir.packed import PackedLinear, is_packed, is_stored
+from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, is_packed, is_packed_embedding, is_stored
 from hikui.lowering.ir.program import STATISTICS, WEIGHT, Program
 from hikui.lowering.ir.store import TensorInfo, TensorSource
 
@@ -80,7 +80,12 @@ def _roles(program: Program) -> dict[str, _Role]:
         if node.target is hikui.quantize_activation_static.default:
             _note(roles, node.args[1], _Role("step"))
         if is_packed(node):
-            _note_packed(roles, PackedLinear.of(node))
+            packed = PackedLinear.of(node)
+            if packed.bias is not None:
+                _note(roles, packed.bias, _Role("bias"))
+            _note_packed(roles, packed)
+        if is_packed_embedding(node):
+            _note_packed(roles, PackedEmbedding.of(node))
     return roles
 
 
@@ -89,10 +94,8 @@ def _note(roles: dict[str, _Role], operand: object, role: _Role) -> None:
         roles[operand.meta[WEIGHT]] = role
 
 
-def _note_packed(roles: dict[str, _Role], packed: PackedLinear) -> None:
+def _note_packed(roles: dict[str, _Role], packed: PackedLinear | PackedEmbedding) -> None:
     weight, fmt, rows = packed.weight, packed.format, packed.rows
-    if packed.bias is not None:
-        _note(roles, packed.bias, _Role("bias"))
     if not fmt.is_integer:
         return
     shape = tuple(weight.meta["val"].shape)

@@ -1,12 +1,13 @@
 """What a program's weights take: every linear site with its true bits, and everything else beside them."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from hikui.lowering.ir.packed import PackedLinear, is_packed, is_stored
-from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, is_packed, is_packed_embedding, is_stored
+from hikui.lowering.ir.program import BLOCK, SITE, Program
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -19,6 +20,7 @@ class Site:
         format: of its weights, as text; `float32` before any pass has quantised it.
         rank: of the low-rank branch beside it inside the same op, 0 for none.
         nbytes: weights, scales, padding and branch.
+        in_block: whether it stands in one of the model's blocks; the head does not.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Site:
     in_features: int
     rank: int
     nbytes: int
+    in_block: bool
 
     @property
     def parameters(self) -> int:
@@ -44,12 +47,16 @@ class Sizes:
     Attributes:
         sites: the linear sites, in the order of the graph; the head is one of them.
         branch_bytes: low-rank branches that stand as plain nodes beside their site.
+        block_branch_bytes: those of them that stand in blocks.
         total_bytes: every weight once: sites, branches, embeddings, norms, biases.
+        parameters: how many the model has, each tied matrix once.
     """
 
     sites: tuple[Site, ...]
     branch_bytes: int
+    block_branch_bytes: int
     total_bytes: int
+    parameters: int
 
     @property
     def linear_bytes(self) -> int:
@@ -57,15 +64,33 @@ class Sizes:
 
     @property
     def true_bpw(self) -> float:
-        """Bits per weight over all linear sites; scales, padding and branches counted."""
-        parameters = sum(site.parameters for site in self.sites)
-        return 8 * self.linear_bytes / parameters if parameters else 0.0
+        """Bits per weight over all linear sites, the head among them; scales, padding and branches counted."""
+        return _bits(self.linear_bytes, sum(site.parameters for site in self.sites))
+
+    def bits(self) -> dict[str, float]:
+        """The three totals by their names, to six digits, as they are told everywhere."""
+        return {name: round(getattr(self, name), 6) for name in ("block_bpw", "true_bpw", "all_bpw")}
+
+    @property
+    def block_bpw(self) -> float:
+        """The same over the linear sites inside blocks, which leaves the head out; 0 where no site is in a block."""
+        inside = [site for site in self.sites if site.in_block]
+        nbytes = sum(site.nbytes for site in inside) + self.block_branch_bytes
+        return _bits(nbytes, sum(site.parameters for site in inside)) if inside else 0.0
+
+    @property
+    def all_bpw(self) -> float:
+        """Bits per parameter of the model, over everything stored: embeddings, norms, biases and scales too.
+
+        A tied matrix is one as parameters; what is stored of it counts as often as it is stored.
+        """
+        return _bits(self.total_bytes, self.parameters)
 
 
 def measure(program: Program) -> Sizes:
     """Counts the weights of a program at any stage, from the freshly traced one to the fused one."""
     found: list[Site] = []
-    branches = 0
+    branches = block_branches = 0
     orders: set[str] = set()
     for node in program.graph.nodes:
         if node.op != "call_function":
@@ -74,14 +99,47 @@ def measure(program: Program) -> Sizes:
             weight = node.args[1]
             if is_stored(weight):
                 n, k = weight.meta["val"].shape
-                found.append(Site(_name(node, program), "float32", n, k, 0, _nbytes(weight)))
+                found.append(Site(_name(node, program), "float32", n, k, 0, _nbytes(weight), BLOCK in node.meta))
         elif is_packed(node):
             site = _packed(node, program, orders)
             if node.target is torch.ops.hikui.linear.default and SITE not in node.meta:
                 branches += site.nbytes
+                block_branches += site.nbytes if site.in_block else 0
             else:
                 found.append(site)
-    return Sizes(tuple(found), branches, sum(_nbytes(node) for node in program.weight_nodes()))
+    stored = {program.weight_of(node): node for node in program.weight_nodes()}
+    total = sum(map(_nbytes, stored.values()))
+    parameters = _parameters(program) if program.parameters is None else program.parameters
+    return Sizes(tuple(found), branches, block_branches, total, parameters)
+
+
+def _bits(nbytes: int, parameters: int) -> float:
+    return 8 * nbytes / parameters if parameters else 0.0
+
+
+def _parameters(program: Program) -> int:
+    """How many parameters the weights of a program stand for, where nobody has counted those of the model.
+
+    A packed matrix counts as the one that it stands for, once however many read it; scales and orders are none.
+    """
+    counts: dict[str, int] = {}
+    for node in program.weight_nodes():
+        counts[program.weight_of(node)] = math.prod(node.meta["val"].shape)
+    for node in program.graph.nodes:
+        if is_packed(node):
+            packed = PackedLinear.of(node)
+            counts[program.weight_of(packed.weight)] = packed.rows * packed.columns
+            beside = [packed.scale, packed.order, *(packed.branch or ())]
+        elif is_packed_embedding(node):
+            table = PackedEmbedding.of(node)
+            counts[program.weight_of(table.weight)] = table.rows * table.columns
+            beside = [table.scale]
+        else:
+            continue
+        for held in beside:
+            if held is not None:
+                counts[program.weight_of(held)] = 0
+    return sum(counts.values())
 
 
 def _packed(node: fx.Node, program: Program, orders: set[str]) -> Site:
@@ -92,7 +150,9 @@ def _packed(node: fx.Node, program: Program, orders: set[str]) -> Site:
     if order is not None and program.weight_of(order) not in orders:
         orders.add(program.weight_of(order))
         nbytes += _nbytes(order)
-    return Site(_name(node, program), str(packed.format), packed.rows, packed.columns, packed.rank, nbytes)
+    return Site(
+        _name(node, program), str(packed.format), packed.rows, packed.columns, packed.rank, nbytes, BLOCK in node.meta
+    )
 
 
 def _name(node: fx.Node, program: Program) -> str:

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from hikui.lowering.errors import VerificationError
 from hikui.lowering.ir.cache_shape import CacheTensor
-from hikui.lowering.ir.packed import is_packed, verify_packed
+from hikui.lowering.ir.packed import is_packed, is_packed_embedding, verify_embedding, verify_packed
 from hikui.lowering.ir.program import WEIGHT, Program
 
 
@@ -30,6 +30,8 @@ def verify(program: Program) -> None:
             raise VerificationError(f"Node {node.name} is a {node.op}; a program holds placeholders and calls only.")
         if is_packed(node):
             verify_packed(node)
+        if is_packed_embedding(node):
+            verify_embedding(node)
 
 
 def _verify_inputs(program: Program) -> None:

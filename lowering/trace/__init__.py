@@ -7,6 +7,7 @@ tensors, the store reads the checkpoint.
 
 import copy
 import logging
+import math
 import re
 import traceback
 import warnings
@@ -130,7 +131,11 @@ def _traced(
         bos_token_id=opened.bos_token_id,
         eos_token_ids=opened.eos_token_ids,
     )
-    program = Program(torch.fx.GraphModule(nn.Module(), converted.graph), store, config, tokenizer, opened.cautions)
+    infos = [sources[key].info for key in sorted(set(converted.parameters))]
+    program = Program(
+        torch.fx.GraphModule(nn.Module(), converted.graph), store, config, tokenizer, opened.cautions,
+        sum(math.prod(info.shape) for info in infos if info.dtype.is_floating_point),
+    )  # fmt: skip
     # Identities and layout were cut out, so strides may differ from what export saw.
     program.propagate(everything=True)
     program.recompile()

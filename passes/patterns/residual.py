@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from hikui.lowering.ir.packed import is_packed_embedding
 from hikui.passes.graph import argument, aten, is_call, is_weight, same_size, shape
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.norm import RmsNormMatch, match_rms_norm
@@ -33,6 +34,9 @@ def match_residual(graph: fx.Graph) -> Residual | NoMatch:
         The stream, or the first node that neither keeps a rotation nor can take it into a weight.
     """
     tokens = [node for node in graph.nodes if is_call(node, aten.embedding.default) and _looks_up_tokens(node)]
+    packed = next((node for node in graph.nodes if is_packed_embedding(node)), None)
+    if packed is not None:
+        return NoMatch(f"{packed.name} looks tokens up in a packed matrix, which stays as it is", packed.name)
     if len(tokens) != 1:
         return NoMatch(f"the model looks its tokens up in {len(tokens)} tables, not in one", "output")
     order = {node: number for number, node in enumerate(graph.nodes)}

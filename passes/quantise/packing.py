@@ -82,8 +82,7 @@ def replace_with_packed(
     assert is_weight(weight)
     stored = program.weight_of(weight)
     key = f"{stored}.{fmt}"
-    held = _stored(program, key, packed.weight)
-    scale = None if packed.scale is None else _stored(program, f"{key}.scale", packed.scale)
+    held, scale = store_packed(program, key, packed)
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     n = int(weight.meta["val"].shape[0])
     linear = insert(
@@ -102,6 +101,12 @@ def replace_with_packed(
     # A site's matrices leave holes in the heap: of a 7B model's 225, 2 GB that nothing else fits into.
     give_back()
     return linear
+
+
+def store_packed(program: Program, key: str, packed: Packed) -> tuple[fx.Node, fx.Node | None]:
+    """Stores a packed matrix under a key that says of which matrix and in which format; its placeholders."""
+    weight = _stored(program, key, packed.weight)
+    return weight, None if packed.scale is None else _stored(program, f"{key}.scale", packed.scale)
 
 
 def _stored(program: Program, key: str, tensor: Tensor) -> fx.Node:

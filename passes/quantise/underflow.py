@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE, ROWS, unpack_scale
-from hikui.lowering.ir.packed import PackedLinear, float_and_packed_rows
+from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, float_and_packed_rows, is_packed_embedding
 from hikui.lowering.ir.program import Program
 
 LOST_SHARE = 0.01
@@ -26,21 +26,27 @@ def refuse_underflow(program: Program, node: fx.Node, key: str, site: str) -> No
 
     Args:
         program: holds both.
-        node: the packed product.
+        node: the packed product, or the look-up.
         key: the store key of the float matrix [n, k].
         site: for the sentence.
 
     Raises:
         HikuiError: what float16 lost is more than rounding may lose.
     """
-    packed = PackedLinear.of(node)
+    looked_up = is_packed_embedding(node)
+    what = "Embedding" if looked_up else "Site"
+    packed = PackedEmbedding.of(node) if looked_up else PackedLinear.of(node)
     if packed.format.is_integer:
         share, largest = _lost_share(program, packed, key)
         if share > LOST_SHARE:
+            remedy = (
+                "let `embedding` take format=float32"
+                if looked_up
+                else "leave it out with skip, or choose a format of fewer bits, whose scales are larger"
+            )
             raise HikuiError(
-                f"Site {site}: its weights are so small (the largest lost one is {largest:.3g}) that float16 holds no "
-                f"scale of {packed.format} for {100 * share:.0f} % of it; leave it out with skip, or choose a format "
-                "of fewer bits, whose scales are larger."
+                f"{what} {site}: its weights are so small (the largest lost one is {largest:.3g}) that float16 holds "
+                f"no scale of {packed.format} for {100 * share:.0f} % of it; {remedy}."
             )
     elif packed.format.kind == "float16":
         error, total, largest, start = 0.0, 0.0, 0.0, 0
@@ -54,12 +60,12 @@ def refuse_underflow(program: Program, node: fx.Node, key: str, site: str) -> No
             largest = max(largest, float(rows.abs().max()))
         if error > _FLOAT_ERROR * total:
             raise HikuiError(
-                f"Site {site}: its weights are so small (the largest is {largest:.3g}) that float16 does not hold "
+                f"{what} {site}: its weights are so small (the largest is {largest:.3g}) that float16 does not hold "
                 "them; pack it as float32."
             )
 
 
-def _lost_share(program: Program, packed: PackedLinear, key: str) -> tuple[float, float]:
+def _lost_share(program: Program, packed: PackedLinear | PackedEmbedding, key: str) -> tuple[float, float]:
     """Share of the squared weights that lies in groups whose scale is lost, and the largest of them."""
     assert packed.scale is not None, "integer formats have scales"
     stored = program.store.load(Program.weight_of(packed.scale))

@@ -31,6 +31,18 @@ _NAMES = (
 )
 FORMATS = tuple(dict(zip(SHAPES, names, strict=True)) for names in _NAMES)
 LOW = "int3-g32"
+TABLES = (
+    "sign-g32",
+    "int2-g64",
+    "ternary-channel",
+    "int3-g32",
+    "int4-g32",
+    "nf4-g64",
+    "fp4-channel",
+    "int8-channel",
+    "float32",
+)
+"""Of tables that tokens are looked up in; one of float16 is the head."""
 
 
 def quantised(text: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,6 +71,11 @@ def weights(seed: int) -> dict[str, Tensor]:
     tensors["order"] = torch.randperm(FFN, generator=generator).to(torch.int32)
     tensors["step"] = torch.tensor([0.02])
     tensors["low"], tensors["low.scale"] = quantised(LOW, random(WIDTH, WIDTH))
+    for name in TABLES:
+        if Format.parse(name).is_integer:
+            tensors[name], tensors[f"{name}.scale"] = quantised(name, random(VOCABULARY, WIDTH))
+        else:
+            tensors[name] = pack(Format.parse(name), random(VOCABULARY, WIDTH)).weight
     tensors["middle"] = pack(Format("float32"), random(WIDTH, WIDTH)).weight
     tensors["head"] = pack(Format("float16"), random(VOCABULARY, WIDTH)).weight
     return tensors
@@ -75,6 +92,10 @@ class _Model(nn.Module):
         angles = (past + torch.arange(tokens.shape[1]))[None, :, None].float() * t["frequencies"]
         cos, sin = torch.cat((angles, angles), -1).cos(), torch.cat((angles, angles), -1).sin()
         x, written = F.embedding(tokens, t["embedding"]), []
+        looked_up = torch.ops.hikui.embedding
+        for name in TABLES:
+            x = x + looked_up(tokens, t[name], t.get(f"{name}.scale"), name, VOCABULARY, WIDTH)
+        x = x + looked_up(tokens, t["head"], None, "float16", VOCABULARY, WIDTH)
         for block, make in enumerate((self.fused, self.unfused)):
             own = {name.removeprefix(f"{block}."): tensor for name, tensor in t.items()}
             x, *new = make(own, x, cos, sin, past, *caches[2 * block : 2 * block + 2])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from hikui.backends.onnxruntime import OnnxRuntimeBackend, OrtRunner, ort_run
+from hikui.backends.onnxruntime import OnnxRuntimeBackend, OrtRunner, ort_run, schemas
 from hikui.lowering.app.request import available_passes
 from hikui.lowering.artefact import elf
 from hikui.lowering.artefact.backend import BuildResult
@@ -32,7 +33,7 @@ from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT
 
 from . import onnxruntime_support as support
-from .onnxruntime_support import BYTES, CODEBOOK, FLOAT, FLOAT_ACTIVATIONS, HALF, MIXED, QUANTISED, SIGNS
+from .onnxruntime_support import BYTES, CODEBOOK, EMBEDDED, FLOAT, FLOAT_ACTIVATIONS, HALF, MIXED, QUANTISED, SIGNS
 
 LENGTHS = (7, 4, *[1] * 6, 9)
 
@@ -42,10 +43,13 @@ MODELS = [
     ("llama", ""),
     ("llama", BYTES),
     ("llama", CODEBOOK),
+    ("llama", EMBEDDED),
     ("llama", FLOAT),
     ("llama", FLOAT_ACTIVATIONS),
     ("llama", MIXED),
     ("opt", ""),
+    ("opt", EMBEDDED),
+    ("qwen2", EMBEDDED),
     ("qwen2", HALF),
     ("qwen2", QUANTISED),
     ("qwen2", SIGNS),
@@ -60,6 +64,32 @@ def test_logits_equal_the_interpreters(family: str, pipeline: str, tmp_path: Pat
     assert support.relative_error(support.in_pieces(runner, LENGTHS), wanted) < 1e-5
     runner.reset()
     assert support.relative_error(support.in_pieces(runner, (sum(LENGTHS),)), wanted) < 1e-5
+
+
+def test_a_head_and_its_embedding_lie_in_the_file_once(tmp_path: Path) -> None:
+    support.build(support.lowered("qwen2", EMBEDDED), tmp_path)
+    model = ir.load(tmp_path / "model.onnx")
+    readers = {node.op_type: node for node in model.graph if node.op_type in ("EmbeddingInt8", "LinearA8Int8")}
+    head = next(node for node in reversed(list(model.graph)) if node.op_type == "LinearA8Int8")
+    assert readers["EmbeddingInt8"].inputs[1:3] == head.inputs[3:5], "weight and scale are the same initialisers"
+    places = [value.const_value for value in model.graph.initializers.values()]
+    held = sorted(
+        (tensor.offset or 0, tensor.length or 0) for tensor in places if isinstance(tensor, ir.ExternalTensor)
+    )
+    assert all(offset + length <= following for (offset, length), (following, _) in pairwise(held))
+    table = head.inputs[3]
+    assert table is not None and table.shape is not None
+    assert sum(tuple(value.shape or ()) == tuple(table.shape) for value in model.graph.initializers.values()) == 1
+
+
+def test_the_library_holds_the_operators_of_its_model(tmp_path: Path) -> None:
+    support.build(support.lowered("qwen2", EMBEDDED), tmp_path)
+    model = ir.load(tmp_path / "model.onnx")
+    used = {node.op_type for node in model.graph if node.domain == schemas.DOMAIN}
+    (library,) = tmp_path.glob("ops/*/libhikui_ops.so")
+    content = library.read_bytes()
+    for operator in schemas._OPERATORS:
+        assert (f"\0{operator}\0".encode() in content) == (operator in used), operator
 
 
 def lowered_checkpoint(checkpoint: Path, pipeline: str) -> Program:

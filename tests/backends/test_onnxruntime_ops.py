@@ -158,6 +158,23 @@ def test_linear_float(kind: str, batch: int, tokens: int, n: int, k: int, random
     close(run(model, feed)[0], ops.linear(x, weight, None, bias, kind, n))
 
 
+@pytest.mark.parametrize("kind", ["int4-g32", "int8-channel", *OTHERS[:-1], "float16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_embedding(kind: str, tokens: int, random: torch.Generator) -> None:
+    rows, columns, fmt = 37, 100, Format.parse(kind)
+    packed = weights(fmt, rows, columns, random)
+    ids = torch.randint(0, rows, (1, tokens), generator=random)
+    ids[0, 0] = rows - 1
+    constants = {"weight": packed.weight} | ({} if packed.scale is None else {"scale": packed.scale})
+    operator = schemas.product("Embedding", fmt.kind)
+    model, feed = single(operator, {"ids": ids, **constants}, constants, rows=rows, out_features=columns)
+    (found,) = run(model, feed)
+    np.testing.assert_array_equal(found, ops.embedding(ids, packed.weight, packed.scale, kind, rows, columns).numpy())
+    for wrong in (-1, rows):
+        with pytest.raises(Exception, match=rf"id {wrong} is none of the 37 rows"):
+            run(model, {"ids": np.full((1, tokens), wrong)})
+
+
 @pytest.mark.parametrize(("tokens", "k"), [(1, 128), (4, 100), (3, 1)])
 def test_quantisers(tokens: int, k: int, random: torch.Generator) -> None:
     x, up = torch.randn(1, tokens, k, generator=random), torch.randn(1, tokens, k, generator=random)

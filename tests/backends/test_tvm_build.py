@@ -1,6 +1,7 @@
 """What the backend `tvm` writes, and what it refuses to build."""
 
 import filecmp
+import math
 from pathlib import Path
 
 import pytest
@@ -8,15 +9,21 @@ import torch
 from torch import fx
 
 from hikui.backends import toolchain
+from hikui.backends.kernels import SYMBOLS
 from hikui.backends.tvm import TvmBackend
+from hikui.backends.tvm.backend import build_library
 from hikui.backends.tvm.index import ALIGNMENT, PARAMETERS, map_parameters, read_index
-from hikui.backends.tvm.module import relax_module
+from hikui.backends.tvm.module import kernels_called, relax_module
+from hikui.backends.tvm.parameters import write_parameters
 from hikui.lowering.artefact import elf
-from hikui.lowering.artefact.target import TARGETS, machine_triple
+from hikui.lowering.artefact.target import TARGETS, machine_triple, resolve
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir import sizes
+from hikui.lowering.ir.packed import PackedEmbedding, is_packed, is_packed_embedding
 from hikui.lowering.ir.program import Program
 from hikui.lowering.progress import no_progress
 from tests.backends import every_op
+from tests.passes.helpers import lower, traced
 
 
 def files(directory: Path) -> list[str]:
@@ -140,3 +147,35 @@ def test_a_failing_compiler_is_quoted(tmp_path: Path) -> None:
     source.write_text("int main(void) { return missing; }\n")
     with pytest.raises(HikuiError, match=r"failed for x86_64-linux-gnu: .*missing"):
         toolchain.link("x86_64-linux-gnu", tmp_path / "program", [source])
+
+
+def test_a_head_and_its_embedding_lie_in_the_file_once(tmp_path: Path) -> None:
+    program = lower(traced("qwen2"), "canonicalise,rtn{format=int8-g64},embedding,activation,fuse,dead_code")
+    (table,) = (PackedEmbedding.of(node) for node in program.graph.nodes if is_packed_embedding(node))
+    assert sum(is_packed(user) for user in table.weight.users) == 1, "the head reads it too"
+    index = write_parameters(program, resolve("host"), tmp_path, no_progress)
+    names = [weight.name for weight in index.weights]
+    assert len(names) == len(set(names)) and program.weight_of(table.weight) in names
+    rows, columns = table.rows, table.columns
+    assert not any(math.prod(weight.shape) == rows * columns and weight.dtype == "float32" for weight in index.weights)
+    # Every tensor is padded to whole lines of the file, and a line follows the last.
+    assert index.parameters <= sizes.measure(program).total_bytes + ALIGNMENT * (len(names) + 2)
+
+
+def test_a_library_holds_the_kernels_that_its_program_calls(tmp_path: Path) -> None:
+    program = lower(traced("qwen2"), "canonicalise,rtn{format=int8-g64},embedding,activation,fuse,dead_code")
+    target = resolve("host")
+    called = kernels_called(relax_module(program))
+    assert set(called) == {
+        "hikui_attention",
+        "hikui_embedding_int8",
+        "hikui_linear_a8_int8",
+        "hikui_quantize_activation",
+        "hikui_rms_norm_quantize",
+        "hikui_rotary",
+        "hikui_swiglu_quantize",
+    }
+    build_library(program, target, tmp_path / "model.so")
+    held = (tmp_path / "model.so").read_bytes()
+    for symbol in SYMBOLS:
+        assert (f"__tvm_ffi_{symbol}\0".encode() in held) == (symbol in called), symbol

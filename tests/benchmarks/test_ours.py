@@ -10,7 +10,7 @@ from benchmarks.kernels.contestant import Workload
 from benchmarks.kernels.ours import BRANCH_KINDS, KINDS, RANK, Product, Quantisation, library
 
 from hikui.backends import measurement
-from hikui.backends.kernels.build import SYMBOLS
+from hikui.backends.kernels import SYMBOLS
 from hikui.backends.kernels.standalone import Library, link
 from hikui.backends.measurement import Operands, format_of
 from hikui.lowering.app.cli import run

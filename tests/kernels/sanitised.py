@@ -6,7 +6,7 @@ from pathlib import Path
 from hikui.backends.kernels.build import HEADER, compiler
 from hikui.backends.kernels.compile import c_source
 from hikui.backends.kernels.isa import ISAS
-from hikui.backends.kernels.table import c_tables
+from hikui.backends.kernels.table import c_includes
 from hikui.lowering.artefact.target import machine_triple
 
 _FLAGS = (
@@ -19,7 +19,8 @@ def sanitised_program(directory: Path) -> Path:
     """The replay program with the portable kernels alone, all from C."""
     kernels, program = directory / "kernels.c", directory / "replay"
     kernels.write_text(c_source(ISAS["portable"]))
-    (directory / "isas.inc").write_text(c_tables([ISAS["portable"]]))
+    for name, text in c_includes([ISAS["portable"]]).items():
+        (directory / name).write_text(text)
     sources = [kernels, *sorted(HEADER.parent.glob("*.c"))]
     command = [*compiler(machine_triple()), *_FLAGS, f"-I{directory}", f"-I{HEADER.parent}", *map(str, sources)]
     subprocess.run([*command, "-o", str(program)], check=True)

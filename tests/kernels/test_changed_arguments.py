@@ -48,6 +48,9 @@ def _arguments(symbol: str) -> tuple[Argument, ...]:
     }
     if symbol in known:
         return known[symbol]
+    if "embedding" in symbol:
+        ids, y = torch.tensor([0, 16]), torch.ones(2, 128)
+        return (ids, *_product(symbol.replace("embedding", "linear"))[1:-2], 17, y)
     if "attention" in symbol:
         return heads, heads, heads, codes, codes, scale, scale, past, 1.0, heads
     return (codes, scale, heads, past, cache) if "cache" in symbol else _product(symbol)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hikui.backends.kernels import SYMBOLS, build
+from hikui.backends.kernels.isa import ISAS
 from hikui.backends.kernels.replay import Machine
 from hikui.backends.kernels.standalone import Call, Library, link
+from hikui.backends.kernels.symbols import kernels_called
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import KINDS, Format, pack, quantize_activation
 
@@ -293,3 +295,33 @@ def test_unwritable_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(HikuiError, match=r"cannot be kept in the cache .*file.*; set XDG_CACHE_HOME"):
         build(TRIPLE, TRIPLES[TRIPLE], tmp_path / "objects")
+
+
+def test_a_choice_of_functions_leaves_out_what_none_of_them_calls(tmp_path: Path) -> None:
+    chosen = ("hikui_linear_a8_branch_int4", "hikui_linear_int8", "hikui_rms_norm_quantize", "hikui_cache_update_int4")
+    objects = build(TRIPLE, TRIPLES[TRIPLE], tmp_path / "chosen", chosen)
+    assert set(objects.symbols) == set(chosen)
+    everything = build(TRIPLE, TRIPLES[TRIPLE], tmp_path / "all")
+    named = {path.name: path for path in objects.paths}
+    called = {
+        "linear_a8_int4", "linear_float16", "linear_int8", "rms_norm", "quantize_activation_int8",
+        "cache_store_int4", "cache_load_int4",
+    }  # fmt: skip
+    assert kernels_called(chosen) == called
+    for isa in TRIPLES[TRIPLE]:
+        held = {name.removeprefix("hikui_").removesuffix(f"__{isa}.o") for name in named if name.endswith(f"__{isa}.o")}
+        prepares = {special.prepare for (kind, _), special in ISAS[isa].special.items() if kind == "int4"} - {None}
+        sizes = ("", "_single", "_few", "_many", "_few_single", "_few_many")
+        possible = {f"{kernel}{size}" for kernel in called for size in sizes}
+        assert held - possible == prepares
+        assert {kernel for kernel in called if any(f"{kernel}{size}" in held for size in sizes)} == called
+    # The kernels are the very same objects; the dispatcher has the chosen public functions only.
+    for path in everything.paths:
+        if "__" in path.name and path.name in named:
+            assert path.read_bytes() == named[path.name].read_bytes()
+    library = tmp_path / "chosen.so"
+    paths = [str(path) for path in objects.paths]
+    subprocess.run(["gcc", "-shared", "-Wl,-z,defs", *paths, "-o", str(library)], check=True)
+    exported = subprocess.run(["nm", "-D", "-P", str(library)], capture_output=True, text=True, check=True).stdout
+    found = {line.split()[0].removeprefix("__tvm_ffi_") for line in exported.splitlines() if "__tvm_ffi_" in line}
+    assert found == set(chosen)

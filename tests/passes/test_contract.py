@@ -35,6 +35,7 @@ AFTER = {
     "kv_cache": "canonicalise",
     "fuse": "canonicalise,rtn,activation",
     "pack": "canonicalise",
+    "embedding": "canonicalise,pack",
     "dead_code": "canonicalise,rtn",
 }
 """Each pass, and what makes a program that it has something to do on."""

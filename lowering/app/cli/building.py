@@ -65,5 +65,6 @@ def lower(
         return
     typer.echo(
         f"{output}: {manifest.backend} for {manifest.target.name}, {sizes.true_bpw:.3f} bits per weight "
-        f"({size(sizes.linear_bytes)} of linear sites), {size(sizes.total_bytes)} in all"
+        f"({sizes.block_bpw:.3f} in blocks, {sizes.all_bpw:.3f} of everything stored; {size(sizes.linear_bytes)} of "
+        f"linear sites), {size(sizes.total_bytes)} in all"
     )

@@ -101,7 +101,9 @@ def evaluate(
             for notice in text_notices(excerpts):
                 warn(notice)
     report |= {
+        "block_bpw": runnable.block_bpw,
         "true_bpw": runnable.true_bpw,
+        "all_bpw": runnable.all_bpw,
         "linear_bytes": runnable.linear_bytes,
         "total_bytes": runnable.total_bytes,
         "peak_memory_bytes": peak.nbytes,
@@ -201,7 +203,9 @@ def _against(
         "runs_as": other.kind,
         "perplexity": theirs.perplexity,
         "bits_per_char": theirs.bits_per_char,
+        "block_bpw": other.block_bpw,
         "true_bpw": other.true_bpw,
+        "all_bpw": other.all_bpw,
         "linear_bytes": other.linear_bytes,
         "total_bytes": other.total_bytes,
         "divergence": compared.divergence,

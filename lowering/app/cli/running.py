@@ -104,7 +104,8 @@ def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) ->
     needs = [*manifest.target.features, *(f"{name} {least}" for name, least in sorted(manifest.requires.items()))]
     typer.echo(f"needs {', '.join(needs)}")
     typer.echo(
-        f"{sizes.true_bpw:.3f} bits per weight; {size(sizes.linear_bytes)} of linear sites, "
+        f"bits per weight: {sizes.block_bpw:.3f} in blocks, {sizes.true_bpw:.3f} with the head, {sizes.all_bpw:.3f} of "
+        f"everything stored; {size(sizes.linear_bytes)} of linear sites, "
         f"{size(sizes.weight_bytes)} of weights, {size(sizes.total_bytes)} in {len(manifest.files)} files"
     )
     if sizes.cache_bytes is not None:

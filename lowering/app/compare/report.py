@@ -10,7 +10,10 @@ from hikui.lowering.app.compare.table import Comparison, Row, as_json
 RESULTS = "compare.json"
 TABLE = "compare.md"
 PICTURES = ("compare.svg", "compare.png")
-HEADER = ("", "bits/char", "spread over seeds", "above float", "perplexity", "true bits", "linear sites", "seeds")
+HEADER = (
+    "", "bits/char", "spread over seeds", "above float", "perplexity", "bits in blocks", "true bits", "all bits",
+    "linear sites", "seeds",
+)  # fmt: skip
 
 _SIZE = (6.4, 4.4)
 _RESOLUTION = 150
@@ -27,7 +30,9 @@ def cells(row: Row) -> tuple[str, ...]:
         "" if row.spread is None else f"{row.spread:.4f}",
         above if error is None or not above else f"{above} ± {error:.4f}",
         f"{row.perplexity:.3f}",
+        f"{row.block_bpw:.3f}",
         f"{row.true_bpw:.3f}",
+        f"{row.all_bpw:.3f}",
         f"{row.linear_bytes / 1e6:.2f} MB",
         ", ".join(map(str, row.seeds)),
     )
@@ -37,7 +42,8 @@ def legend(comparison: Comparison) -> str:
     """What the columns mean, in a sentence or two."""
     return (
         f"{comparison.parts} {comparison.unit}s; {comparison.protocol}. Spread: standard deviation over calibration "
-        f"seeds. Above float: paired over {comparison.unit}s, with the standard error over {comparison.unit}s."
+        f"seeds. Above float: paired over {comparison.unit}s, with the standard error over {comparison.unit}s. Bits "
+        "per weight: of the linear sites in blocks, of all linear sites, and of everything stored over all parameters."
     )
 
 

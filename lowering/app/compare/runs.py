@@ -85,7 +85,9 @@ class Outcome:
     runs_as: str
     seed: int | None
     protocol: str
+    block_bpw: float
     true_bpw: float
+    all_bpw: float
     linear_bytes: int
     total_bytes: int
     each: tuple[Score, ...]
@@ -176,7 +178,9 @@ def measure(run: Run) -> Outcome:
         runnable.kind,
         run.seed,
         str(protocol),
+        runnable.block_bpw,
         runnable.true_bpw,
+        runnable.all_bpw,
         runnable.linear_bytes,
         runnable.total_bytes,
         quality.each,

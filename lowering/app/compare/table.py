@@ -32,7 +32,10 @@ class Row:
         bits_per_char: the mean over seeds.
         spread: the standard deviation over seeds; None for a single one.
         difference: from the float model, of the means over seeds, paired over documents or windows.
-        true_bpw: over all linear sites, scales, padding and branches counted; the mean over seeds.
+        block_bpw: bits per weight over the linear sites in blocks, scales, padding and branches counted; the mean over
+            seeds, as are all sizes.
+        true_bpw: over all linear sites, the head among them.
+        all_bpw: over all parameters of the model, everything stored counted.
         linear_bytes: of all linear sites, the mean over seeds.
     """
 
@@ -43,7 +46,9 @@ class Row:
     spread: float | None
     perplexity: float
     difference: Difference
+    block_bpw: float
     true_bpw: float
+    all_bpw: float
     linear_bytes: float
     total_bytes: float
 
@@ -157,7 +162,9 @@ def _row(label: str, found: Sequence[Outcome], base: Outcome) -> Row:
         math.sqrt(squares / (len(bits) - 1)) if len(bits) > 1 else None,
         Quality(mean).perplexity,
         difference,
+        _mean([outcome.block_bpw for outcome in found]),
         _mean([outcome.true_bpw for outcome in found]),
+        _mean([outcome.all_bpw for outcome in found]),
         _mean([outcome.linear_bytes for outcome in found]),
         _mean([outcome.total_bytes for outcome in found]),
     )

@@ -116,11 +116,13 @@ def test_eval_of_an_artefact_against_its_float_model(
     assert (status, err) == (0, "")
     answer = json.loads(out)
     assert {
-        "perplexity", "bits_per_char", "true_bpw", "linear_bytes", "total_bytes", "peak_memory_bytes",
-        "tokens_per_second", "first_token_seconds", "protocol",
+        "perplexity", "bits_per_char", "block_bpw", "true_bpw", "all_bpw", "linear_bytes", "total_bytes",
+        "peak_memory_bytes", "tokens_per_second", "first_token_seconds", "protocol",
     } <= set(answer)  # fmt: skip
     assert answer["documents"] == 2
-    assert answer["true_bpw"] == built.manifest.sizes.true_bpw
+    for name in ("block_bpw", "true_bpw", "all_bpw"):
+        assert answer[name] == getattr(built.manifest.sizes, name)
+        assert answer["against"][name] == pytest.approx(32, rel=1e-3)
     assert answer["total_bytes"] == built.manifest.sizes.total_bytes
     assert answer["against"]["true_bpw"] == 32
     assert answer["against"]["divergence"] > 0
@@ -137,7 +139,7 @@ def test_eval_through_a_recipe_is_eval_of_the_artefact(
         for subject in ((built.directory,), (tiny, "--recipe", "rtn-4bit"))
     ]
     assert answers[0]["runs_as"] != answers[1]["runs_as"]
-    for key in ("true_bpw", "linear_bytes", "tokens", "characters"):
+    for key in ("block_bpw", "true_bpw", "all_bpw", "linear_bytes", "tokens", "characters"):
         assert answers[0][key] == answers[1][key]
     assert answers[0]["bits_per_char"] == pytest.approx(answers[1]["bits_per_char"], rel=1e-3)
     status, _, err = hikui_command("eval", built.directory, "--recipe", "rtn-4bit", *options)

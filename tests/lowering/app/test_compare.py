@@ -72,7 +72,7 @@ def measured(traced: Program, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def measure(run: Run) -> Outcome:
         labels.append(run.label)
         scores = tuple(evaluation.Score(10, 40, 20.0 + i + 0.1 * len(run.label)) for i in range(3))
-        outcome = Outcome(run.label, "made up", run.seed, "words", 4.0, 100, 200, scores)
+        outcome = Outcome(run.label, "made up", run.seed, "words", 3.5, 4.0, 4.5, 100, 200, scores)
         comparison_runs.keep(run, outcome)
         return outcome
 

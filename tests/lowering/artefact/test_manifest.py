@@ -160,7 +160,9 @@ class Replaying:
     context_length = 64
 
     def __init__(self, reference: Reference, factor: float) -> None:
-        self._logits, self._factor = reference.logits, np.float32(factor)
+        # Of the prompt's other tokens the reference holds nothing.
+        before = np.repeat(reference.logits[:1], reference.prompt - 1, axis=0)
+        self._logits, self._factor = np.concatenate((before, reference.logits)), np.float32(factor)
 
     def reset(self) -> None: ...
 
@@ -180,7 +182,8 @@ def test_other_numbers_are_found(artefact: Artefact, factor: float) -> None:
 
 def test_the_reference_is_what_the_interpreter_gives(artefact: Artefact) -> None:
     reference = artefact.reference()
-    assert reference.logits.shape == (reference.tokens.size, artefact.manifest.model.vocabulary)
+    rows = 1 + reference.tokens.size - reference.prompt
+    assert reference.logits.shape == (rows, artefact.manifest.model.vocabulary)
     assert reference.tokens[0] == artefact.manifest.model.bos_token_id
     assert 1 < reference.prompt < reference.tokens.size
     path = artefact.directory / REFERENCE

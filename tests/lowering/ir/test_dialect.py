@@ -35,7 +35,10 @@ Q = formats.quantize_activation(X)
 CACHE = (random(1, 2, 16, 8), random(1, 2, 16, 8))
 CODES, SCALES = zip(*(formats.quantize_cache(cache, "int4") for cache in CACHE), strict=True)
 
+IDS = torch.tensor([[3, 0, 20, 3, 16]])
+
 CASES = {
+    "embedding": (IDS, INT4.weight, INT4.scale, "int4-g32", 21, 100),
     "causal_mask": (torch.tensor([2]), 3, 16),
     "cache_update": (CACHE[0], random(1, 2, 3, 8), torch.tensor([4])),
     "cache_update_quantized": (CODES[0], SCALES[0], random(1, 2, 3, 8), torch.tensor([4])),
@@ -78,6 +81,20 @@ def test_opcheck_of_every_kind(text: str) -> None:
     torch.library.opcheck(ops.linear.default, (X, weight, scale, None, text, 21))
     torch.library.opcheck(ops.linear_a8.default, (*Q, weight, scale, None, text, 21))
     torch.library.opcheck(ops.linear_a8_branch.default, (*Q, weight, scale, None, X, A.weight, B.weight, text, 21))
+
+
+@pytest.mark.parametrize("text", [*(f"{kind}-g64" for kind in KINDS), "int8-channel", "float16", "float32"])
+def test_embedding_looks_rows_up(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scale = packed(Format.parse(text), 21, 100)
+    torch.library.opcheck(ops.embedding.default, (IDS, weight, scale, text, 21, 100))
+    dense = formats.unpack(Format.parse(text), weight, scale, 21, 100)
+    assert torch.equal(ops.embedding(IDS, weight, scale, text, 21, 100), dense[IDS])
+    monkeypatch.setattr("hikui.lowering.ir.dialect._LOOKUPS", 2)
+    assert torch.equal(ops.embedding(IDS[0], weight, scale, text, 21, 100), dense[IDS[0]])
+    assert ops.embedding(IDS[:, :0], weight, scale, text, 21, 100).shape == (1, 0, 100)
+    for wrong in (-1, 21):
+        with pytest.raises(IndexError, match="is none of the embedding's 21 rows"):
+            ops.embedding(torch.tensor([2, wrong]), weight, scale, text, 21, 100)
 
 
 def test_opcheck_of_int8_caches() -> None:

@@ -1,3 +1,5 @@
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ from hikui.lowering.app.request import Request, load_recipe
 from hikui.lowering.artefact import report
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
+from hikui.lowering.ir.packed import PackedEmbedding, is_packed, is_packed_embedding
 from hikui.lowering.progress import no_progress
+from hikui.models.synthetic import tiny_checkpoint
 
 
 def test_the_float_program_counts_every_parameter_once(tiny: Path, prepared: Prepared) -> None:
@@ -34,6 +38,44 @@ def test_the_lowered_program_has_the_bits_of_its_formats(prepared: Prepared) -> 
         assert (site.out_features, site.in_features) == (floats[site.name].out_features, floats[site.name].in_features)
         assert site.nbytes == fmt.nbytes(site.out_features, site.in_features)
         assert site.true_bits == pytest.approx(fmt.true_bits(site.out_features, site.in_features))
+
+
+def test_three_totals_of_what_weights_take(prepared: Prepared) -> None:
+    measured, floats = sizes.measure(prepared.program), sizes.measure(prepared.traced)
+    inside = [site for site in measured.sites if site.name != "lm_head"]
+    assert [site.in_block for site in measured.sites] == [site in inside for site in measured.sites]
+    own = 8 * sum(site.nbytes for site in inside) / sum(site.parameters for site in inside)
+    assert measured.block_bpw == pytest.approx(own)
+    assert measured.block_bpw < measured.true_bpw < measured.all_bpw < 8
+    # The head is not tied: the embedding is a matrix of its own, and norms are floats.
+    stored = {prepared.program.weight_of(node) for node in prepared.program.weight_nodes()}
+    infos = [prepared.program.store.info(key) for key in stored]
+    assert measured.total_bytes == sum(math.prod(info.shape) * info.dtype.itemsize for info in infos)
+    assert measured.parameters == floats.parameters
+    assert measured.all_bpw == pytest.approx(8 * measured.total_bytes / floats.parameters)
+    assert floats.block_bpw == floats.true_bpw == 32
+    assert floats.all_bpw == pytest.approx(32, rel=1e-3)
+
+
+def test_without_a_model_the_weights_tell_how_many_parameters_there_are(prepared: Prepared) -> None:
+    counted = sizes.measure(replace(prepared.program, parameters=None))
+    assert counted.parameters == pytest.approx(sizes.measure(prepared.program).parameters, rel=1e-3)
+
+
+@pytest.mark.parametrize(("recipe", "copies"), [("int4", 1), ("rotation-gptq-3bit", 2)])
+def test_a_tied_matrix_is_one_of_the_parameters_however_often_it_is_stored(
+    recipe: str, copies: int, tmp_path: Path, stories: Path
+) -> None:
+    folder = tiny_checkpoint("qwen2", tmp_path / "model")
+    program = prepare(Request(folder, recipe, calibration=stories if copies == 2 else None)).program
+    measured = sizes.measure(program)
+    tables = [node for node in program.graph.nodes if is_packed_embedding(node)]
+    (table,) = map(PackedEmbedding.of, tables)
+    assert sum(map(is_packed, table.weight.users)) == (1 if copies == 1 else 0)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert measured.parameters == pytest.approx(sum(p.numel() for p in model.parameters()), abs=64)
 
 
 @pytest.fixture(scope="module")
