@@ -19,7 +19,7 @@ from hikui.lowering.artefact import manifest as artefacts
 from hikui.lowering.artefact import report, text
 from hikui.lowering.artefact.arithmetic import arithmetic
 from hikui.lowering.artefact.target import Target
-from hikui.lowering.artefact.verify import ROUNDED_TOLERANCE, TOLERANCE
+from hikui.lowering.artefact.verify import TOLERANCE, allowed_difference, difference
 from hikui.lowering.checkpoint.gguf_tensor import GgufTensor
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE
@@ -101,7 +101,9 @@ def assemble(
     progress("reference numbers", 0, 1)
     give_back()
     watch = OutlierWatch()
-    reference_numbers(program, watch).save(directory / artefacts.REFERENCE)
+    reference = reference_numbers(program, watch)
+    reference.save(directory / artefacts.REFERENCE)
+    noise = rounding_noise(program, reference) if _rounds(program) else 0.0
     give_back()
     progress("reference numbers", 1, 1)
     outliers = watch.sentence(any(step.evens_columns for step in prepared.passes))
@@ -164,7 +166,7 @@ def assemble(
             parameters=taken.parameters,
             **taken.bits(),
         ),
-        metrics=_metrics(program, sites),
+        metrics=_metrics(program, sites, noise),
         provenance=artefacts.Provenance(
             hikui=__version__,
             model=name,
@@ -223,6 +225,25 @@ def reference_numbers(program: Program, observe: Observer | None = None) -> arte
     )
     refuse_vanished_caches(config, runner.caches, count)
     return artefacts.Reference(tokens, prompt, logits[prompt - 1 :])
+
+
+def rounding_noise(program: Program, reference: artefacts.Reference) -> float:
+    """How far a program with rounded activations is from itself when its sums are added in another order.
+
+    The interpreter takes the same tokens at once and one by one, which should make no difference; where the last bit of
+    a sum rounds an activation the other way, it does. A model whose first token has activations far above all others
+    (SmolLM2) moves by .13 of the largest logit so, and its float program by 2e-6.
+
+    Returns:
+        The largest difference of a logit from the reference's, relative to the largest.
+    """
+    runner = ReferenceRunner(program, keep_weights=False)
+    largest, count = 0.0, reference.tokens.size
+    for step in (count, 1, 3):
+        runner.reset()
+        parts = [runner.forward(reference.tokens[at : at + step], at) for at in range(0, count, step)]
+        largest = max(largest, difference(np.concatenate(parts)[reference.prompt - 1 :], reference))
+    return largest
 
 
 def refuse_vanished_caches(config: ModelConfig, caches: Sequence[Tensor], tokens: int) -> None:
@@ -303,8 +324,11 @@ def toolchain() -> dict[str, str]:
     return found
 
 
-def _metrics(program: Program, sites: Sequence[report.SiteReport]) -> dict[str, float]:
-    rounded = any(node.target in dialect.ROUNDING_OPS for node in program.graph.nodes)
-    found = {artefacts.REFERENCE_TOLERANCE: ROUNDED_TOLERANCE if rounded else TOLERANCE}
+def _rounds(program: Program) -> bool:
+    return any(node.target in dialect.ROUNDING_OPS for node in program.graph.nodes)
+
+
+def _metrics(program: Program, sites: Sequence[report.SiteReport], noise: float) -> dict[str, float]:
+    found = {artefacts.REFERENCE_TOLERANCE: allowed_difference(noise) if _rounds(program) else TOLERANCE}
     errors = [site.weight_error for site in sites if site.weight_error is not None]
     return {**found, "largest_weight_error": max(errors)} if errors else found

@@ -1,7 +1,7 @@
 """Checks an artefact: its files, where its libraries can run, what the machine offers, and the numbers it gives.
 
 The tolerance of the numbers stands in the manifest, which is part of what is checked: whatever it says, no more is
-allowed than `ROUNDED_TOLERANCE`, the most that any recipe of hikui is given.
+allowed than `MOST_TOLERANCE`, the most that any model is given.
 """
 
 import math
@@ -26,6 +26,12 @@ TOLERANCE = 1e-3
 ROUNDED_TOLERANCE = 5e-2
 """The same where activations are rounded to integers: the last bit of a sum can round one of them the other way, and
 that alone moves logits by a percent or so; a wrong kernel moves them by far more than this."""
+
+_NOISES = 3
+"""How many times a program's own noise is allowed where that is more: what was seen of the noise is a small sample."""
+
+MOST_TOLERANCE = 0.5
+"""What is allowed at most: beyond it equal numbers say nothing."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,15 @@ def difference(got: np.ndarray[tuple[int, ...], np.dtype[np.float32]], reference
     return float(np.abs(got - reference.logits).max() / np.abs(reference.logits).max())
 
 
+def allowed_difference(noise: float) -> float:
+    """How far logits of a program with rounded activations may be from the reference's.
+
+    Args:
+        noise: how far the program is from itself (`assemble.rounding_noise`).
+    """
+    return min(max(ROUNDED_TOLERANCE, _NOISES * noise), MOST_TOLERANCE)
+
+
 def tolerance(artefact: Artefact) -> float:
     """How far logits may be from the reference's.
 
@@ -154,10 +169,10 @@ def tolerance(artefact: Artefact) -> float:
     allowed = artefact.manifest.metrics.get(REFERENCE_TOLERANCE)
     if allowed is None:
         raise HikuiError(f"{artefact.directory / MANIFEST} lacks '{REFERENCE_TOLERANCE}'; lower the model again.")
-    if not 0 < allowed <= ROUNDED_TOLERANCE:
+    if not 0 < allowed <= MOST_TOLERANCE:
         raise HikuiError(
             f"{artefact.directory / MANIFEST} allows logits to differ by {allowed:g} of the largest, where hikui "
-            f"allows {ROUNDED_TOLERANCE:g} at most; copy the folder again, or lower the model again."
+            f"allows {MOST_TOLERANCE:g} at most; copy the folder again, or lower the model again."
         )
     return allowed
 
