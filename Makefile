@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 typecheck: $(INSTALLED)
 	$(BIN)/mypy
 
-# The measurements behind the README's figures that need nothing beside the checkout; benchmarks/quality.py wants texts.
+# The measurements behind docs/figures.md that need nothing beside the checkout; benchmarks/quality.py wants texts.
 # Other libraries take part where they are installed: $(BIN)/pip install '.[peers,plot]'.
 bench: sysroot
 	$(BIN)/python -m benchmarks.kernels

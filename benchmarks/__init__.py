@@ -1,1 +1,1 @@
-"""Measurements behind the figures of the README; each module is a command."""
+"""Measurements behind the figures of README and docs/figures.md; each module is a command."""

@@ -5,7 +5,8 @@
 Every recipe is lowered to an artefact for this machine, and the artefact is measured: bits per character, KL divergence
 and equal greedy tokens against the float model's own artefact on the same tokens, zero-shot tasks, tokens per second.
 The text is as many pieces of 6000 characters, at paragraphs evenly spaced in each `valid.*.txt` of the corpus, read by
-document; the calibration text is a mixture of documents of every `train.*.txt.xz`, so that neither is of one domain.
+document; the calibration text is a mixture of documents of every `train.*.txt.xz`, so that neither is of one domain;
+int4 and int4-small get none and take what comes with hikui.
 What is done is kept under `--work`, a file a recipe; a second run goes on from there and writes the table.
 """
 
@@ -24,7 +25,10 @@ from typing import Any
 from hikui.lowering.artefact.text import SEPARATOR
 from hikui.lowering.files import write_whole
 
-RECIPES = ("int8", "int4", "gptq-4bit", "awq-4bit", "int3", "gptq-3bit", "gptq-qep-3bit")
+RECIPES = ("rtn-4bit", "int4", "int4-small", "gptq-4bit", "awq-4bit", "gptq-3bit", "gptq-qep-3bit")
+WITHOUT_TEXT = ("int4", "int4-small")
+"""Recipes that are lowered as by a user who gives no text."""
+
 CHANCE = {"piqa": 0.5, "arc_easy": 0.25, "lambada_openai": 0.0, "blimp": 0.5}
 """What guessing scores; for LAMBADA the word must be said."""
 
@@ -89,7 +93,7 @@ def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str,
     found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     artefact = work / Path(recipe).stem
     if not artefact.exists():
-        calibration = ("--calibration", str(work / "calibration.txt"))
+        calibration = () if recipe in WITHOUT_TEXT else ("--calibration", str(work / "calibration.txt"))
         seconds, peak = command(
             "lower", model, "--recipe", recipe, *calibration, "--context", str(CONTEXT), "-o", str(artefact)
         )

@@ -74,6 +74,7 @@ def chat(folder: Path) -> None:
     if path is None:
         print("\nA real chat model of 135 million parameters: `hikui fetch smollm2`, then `make demo` again.")
         return
+    print(f"\n{SMOLLM2.name}, {RECIPE}: some minutes. {QUESTION}", flush=True)
     start = time.perf_counter()
     prepared = prepare(Request(path, RECIPE, context=CHAT_CONTEXT))
     tokenizer = prepared.program.tokenizer
@@ -82,23 +83,14 @@ def chat(folder: Path) -> None:
     messages = [{"role": "user", "content": QUESTION}]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # as transformers has it
     prompt = environment.from_string(template).render(messages=messages, add_generation_prompt=True)
-    print(f"\n{SMOLLM2.name}: {QUESTION}", flush=True)
-    try:
-        artefact = build(prepared, folder / SMOLLM2.name)
-        with load(artefact.directory) as model:
-            answer, result = model.generate(prompt, max_new_tokens=ANSWER_TOKENS)
-        name, count = f"{BACKENDS[0]} on host, {RECIPE}", len(result.tokens)
-    except HikuiError as error:
-        print(f"{BACKENDS[0]} on host: left out: {error}", flush=True)
-        codec, config = TextCodec(tokenizer), prepared.program.config
-        tokens = generate(
-            ReferenceRunner(prepared.program),
-            codec.encode_prompt(prompt),
-            max_new_tokens=ANSWER_TOKENS,
-            stop=config.eos_token_ids,
-        ).tokens
-        name, answer, count = f"interpreter, {RECIPE}", codec.decode(tokens), len(tokens)
-    print(f"{name:<30} {answer.strip()}\n{'':<30} {count} tokens, {time.perf_counter() - start:.0f} s", flush=True)
+    artefact = build(prepared, folder / SMOLLM2.name)
+    with load(artefact.directory) as model:
+        answer, result = model.generate(prompt, max_new_tokens=ANSWER_TOKENS)
+    print(
+        f"{f'{BACKENDS[0]} on host':<30} {answer.strip()}\n{'':<30} {len(result.tokens)} tokens, "
+        f"{artefact.manifest.sizes.total_bytes / 1e6:.1f} MB in all; {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
 
 
 def main(folder: Path) -> int:
