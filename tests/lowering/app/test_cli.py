@@ -163,7 +163,7 @@ def test_eval_over_windows_names_its_protocol_and_pairs_with_the_float_model(
     assert answer["against"]["difference"] == pytest.approx(difference)
     assert answer["against"]["difference_error"] < answer["bits_per_char_error"]
     layers = answer["layers"]
-    assert {site["format"] for site in layers["sites"]} == {"int4-g64", "int8-g64"}
+    assert {site["format"] for site in layers["sites"]} == {"int4-g128", "int8-g64"}
     assert layers["sites"][-1]["cumulative"] == pytest.approx(layers["logits"])
     assert layers["divergence"] > 0
     _show(answer)

@@ -54,6 +54,6 @@ def test_a_float_program_has_nothing_to_lose() -> None:
 
 def test_lower_tells_and_reports_it(tmp_path: Path) -> None:
     told: list[str] = []
-    artefact = lower(with_outlier(1000), tmp_path / "out", execution=Execution(warn=told.append))
+    artefact = lower(with_outlier(1000), tmp_path / "out", recipe="rtn-4bit", execution=Execution(warn=told.append))
     (found,) = [notice for notice in told if "half a step" in notice]
     assert found in (artefact.directory / "report.json").read_text()
