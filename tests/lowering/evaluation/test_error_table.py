@@ -229,5 +229,5 @@ def test_the_shipped_recipe_on_its_text(prepared: Prepared) -> None:
     table = error_table(prepared.origin, prepared.program, TEXTS)
     formats = {row.name: row.format for row in table.sites}
     assert formats.pop("lm_head") == "int8-g64"
-    assert set(formats.values()) == {"int4-g64"}
+    assert set(formats.values()) == {"int4-g128"}
     assert table.sites[-1].weight < 1e-3 < table.sites[0].weight
