@@ -34,7 +34,7 @@ def test_the_lowered_program_has_the_bits_of_its_formats(prepared: Prepared) -> 
     assert {site.name for site in measured.sites} == set(floats)
     for site in measured.sites:
         fmt = Format.parse(site.format)
-        assert site.format == ("int8-g64" if site.name == "lm_head" else "int4-g64")
+        assert site.format == ("int8-g64" if site.name == "lm_head" else "int4-g128")
         assert (site.out_features, site.in_features) == (floats[site.name].out_features, floats[site.name].in_features)
         assert site.nbytes == fmt.nbytes(site.out_features, site.in_features)
         assert site.true_bits == pytest.approx(fmt.true_bits(site.out_features, site.in_features))
