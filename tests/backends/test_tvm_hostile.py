@@ -124,11 +124,13 @@ def test_a_vocabulary_that_the_program_contradicts_is_refused(copied: Path, tmp_
     dump = tmp_path / "logits"
     for token in (1, vocabulary - 1):
         said = sentence(hikui_run(copied, "--tokens", token, "--dump-logits", dump, "--json"))
-        assert f"model.index says a vocabulary of {vocabulary}" in said
+        # An id that the embedding has no row for is refused before there is any output.
+        beyond = f"id {token} is none of the"
+        assert f"model.index says a vocabulary of {vocabulary}" in said or (token > 1 and beyond in said)
         assert dump.stat().st_size == 0
     for runner in (TvmRunner(copied), BoardRunner(copied, HOST)):
         with pytest.raises(HikuiError, match=f"says a vocabulary of {vocabulary}"):
-            runner.forward(np.array([1, vocabulary - 1]), 0)
+            runner.forward(np.array([1, 2]), 0)
         runner.close()
 
 
