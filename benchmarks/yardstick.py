@@ -66,7 +66,8 @@ def mixture(corpus: Path, each: int = 40) -> list[str]:
 def subset(path: Path, count: int, target: Path) -> None:
     """Rows of a task evenly spaced in its file: some files are sorted by kind."""
     rows = path.read_text("utf-8").splitlines(keepends=True)
-    kept = [rows[index * len(rows) // count] for index in range(min(count, len(rows)))]
+    count = min(count, len(rows))
+    kept = [rows[index * len(rows) // count] for index in range(count)]
     target.write_text("".join(kept), "utf-8")
 
 
@@ -98,6 +99,7 @@ def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str,
             "lower", model, "--recipe", recipe, *calibration, "--context", str(CONTEXT), "-o", str(artefact)
         )
         found |= {"lower_seconds": seconds, "lower_peak_bytes": peak}
+        _keep(kept, json.dumps(found, indent=1))
     if "quality" not in found:
         target = work / f"{Path(recipe).stem}.quality"
         against = () if recipe == "float" else ("--against", str(work / "float"))

@@ -94,14 +94,12 @@ class FetchedModel:
         return place, True
 
     def _refuse_another(self, place: Path) -> None:
-        digest = hashlib.sha256()
         with place.open("rb") as file:
-            while part := file.read(_PART):
-                digest.update(part)
-        if digest.hexdigest() != self.sha256:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.sha256:
             raise HikuiError(
-                f"{place} is there already and is another file than {self.name} (its sha256 is {digest.hexdigest()}, "
-                f"not {self.sha256}); take it away, or name another folder with --to."
+                f"{place} is there already and is another file than {self.name} (its sha256 is {found}, not "
+                f"{self.sha256}); take it away, or name another folder with --to."
             )
 
     def _download(self, folder: Path) -> Path:

@@ -6,17 +6,19 @@ a best value while the others stay. Alternating the two never makes the error la
 GuidedQuant, 2025, section 4), which does this for codebooks; here for scales of groups.
 """
 
-from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from hikui.lowering.formats import Format
-from hikui.passes.quantise.rounding import Rounded, inverse, nearest
+from hikui.passes.quantise.rounding import Rounded, column_groups, inverse, nearest
 
 _BLOCK = 128
 """Columns whose part of H·E is worked out at once."""
+
+_SYSTEM = 1 << 23
+"""Coefficients of the rows' systems at a time, float64: with 224 groups (K = 14336) a row has fifty thousand."""
 
 _RIDGE = 1e-9
 """Added to the diagonal of a row's system, over its mean: groups whose codes are all zero leave it singular."""
@@ -35,13 +37,18 @@ def descend(weight: Tensor, rounded: Rounded, fmt: Format, hessian: Tensor, swee
     Returns:
         Codes and scales of which no row has a larger error than it had; scales are exact in float16.
     """
-    state = _State(weight, rounded, fmt, hessian)
-    for _ in range(sweeps):
-        state.refit_scales()
-        state.sweep_codes()
-    if sweeps:
-        state.refit_scales()
-    return state.best()
+    step = max(1, _SYSTEM // rounded.scale.shape[1] ** 2)
+    parts = []
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        state = _State(weight[rows], Rounded(rounded.codes[rows], rounded.scale[rows]), fmt, hessian)
+        for _ in range(sweeps):
+            state.refit_scales()
+            state.sweep_codes()
+        if sweeps:
+            state.refit_scales()
+        parts.append(state.best())
+    return Rounded(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
 
 
 class _State:
@@ -53,7 +60,9 @@ class _State:
         self._wanted = weight.t().contiguous()
         self._codes = rounded.codes.t().float().contiguous()
         self._scale = rounded.scale.t().contiguous()
-        self._groups = list(_groups(fmt, k))
+        self._groups = list(column_groups(fmt, k))
+        widths = torch.tensor([own.stop - own.start for _, own in self._groups])
+        self._group_of = torch.arange(len(widths)).repeat_interleave(widths)
         self._seen = hessian @ self._wanted
         self._error = self._objective(self._codes, self._scale)
 
@@ -70,10 +79,10 @@ class _State:
         right = torch.zeros(n, count, dtype=torch.float64)
         for index, (_, own) in enumerate(self._groups):
             reached = self._hessian[:, own] @ self._codes[own]
-            for other, (_, columns) in enumerate(self._groups[: index + 1]):
-                shared = (self._codes[columns] * reached[columns]).sum(0)
-                system[:, index, other] = system[:, other, index] = shared.double()
+            shared = torch.zeros(count, n).index_add_(0, self._group_of, reached.mul_(self._codes))
+            system[:, index] = shared.t()
             right[:, index] = (self._codes[own] * self._seen[own]).sum(0).double()
+        system = (system + system.mT) / 2  # equal but for the order of sums
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += _RIDGE * diagonal.mean(1, keepdim=True) + torch.where(diagonal == 0, 1.0, 0.0)
         found = torch.linalg.solve(system, right).t().float().to(torch.float16).float()
@@ -115,11 +124,3 @@ class _State:
         """The error of each row: float32 [n]."""
         off = self._values(codes, scale).sub_(self._wanted)
         return (self._hessian @ off).mul_(off).sum(0)
-
-
-def _groups(fmt: Format, k: int) -> Iterator[tuple[str, slice]]:
-    """The kind and the columns of each group, ascending; groups of padding alone have none."""
-    for part in fmt.segments(fmt.padded_k(k)):
-        size = part.format.group_size(part.stop - part.start)
-        for start in range(part.start, part.stop, size):
-            yield part.format.kind, slice(min(start, k), min(start + size, k))

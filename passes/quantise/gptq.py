@@ -15,12 +15,12 @@ from torch import Tensor
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import WIDEST_GROUP, Format, Segment
+from hikui.lowering.formats import WIDEST_GROUP, Format
 from hikui.passes.measure import linalg
 from hikui.passes.measure.evidence import Evidence
 from hikui.passes.quantise.descent import descend
 from hikui.passes.quantise.quantiser import Quantiser
-from hikui.passes.quantise.rounding import Rounded, inverse, nearest, round_matrix
+from hikui.passes.quantise.rounding import Rounded, column_groups, inverse, nearest, round_matrix
 
 _BLOCK = 128
 """Columns whose errors are applied to all later ones at once."""
@@ -86,7 +86,7 @@ class Gptq(Quantiser[Factor]):
 
     @property
     def spare_matrices(self) -> int:
-        """The copy of H in another order, and the one for sweeps, which is half as wide and made in that width."""
+        """The copy of H in another order, and the one for sweeps: float32, counted as if it were float64."""
         return int(self.act_order) + bool(self.sweeps)
 
     def wants(self) -> frozenset[str]:
@@ -180,37 +180,31 @@ class _Scales:
     def __init__(self, weight: Tensor, fmt: Format, clip: str, importance: Tensor | None, *, beforehand: bool) -> None:
         n, k = weight.shape
         self._clip, self._importance, self._k = clip, importance, k
-        self._groups: list[tuple[Segment, int, int]] = []
-        for part in fmt.segments(fmt.padded_k(k)):
-            size = part.format.group_size(part.stop - part.start)
-            self._groups += [(part, at, min(at + size, k)) for at in range(part.start, part.stop, size)]
-        self.starts = [start for _, start, _ in self._groups]
+        self._groups = list(column_groups(fmt, k))
+        self.starts = [own.start for _, own in self._groups]
         self.table = torch.zeros(len(self._groups), n)
         self._inverse = torch.zeros_like(self.table)
-        self._group_of = [index for index, (_, start, stop) in enumerate(self._groups) for _ in range(start, stop)]
-        whole = {
-            index for index, (_, start, stop) in enumerate(self._groups) if beforehand or stop - start > WIDEST_GROUP
-        }
-        for index in sorted(whole):
-            _, start, stop = self._groups[index]
-            if start < k:
-                self._choose(index, weight[:, start:stop])
-        self._beforehand = whole
+        widths = [own.stop - own.start for _, own in self._groups]
+        self._group_of = [index for index, width in enumerate(widths) for _ in range(width)]
+        self._beforehand = {index for index, width in enumerate(widths) if beforehand or width > WIDEST_GROUP}
+        for index in sorted(self._beforehand):
+            if widths[index]:
+                self._choose(index, weight[:, self._groups[index][1]])
 
     def meet(self, start: int, stop: int, updated: Tensor) -> None:
         """Chooses the scale of the groups that begin in these columns, from what became of them: [n, stop−start]."""
-        for index, (_, first, last) in enumerate(self._groups):
-            if start <= first < stop and index not in self._beforehand:
-                self._choose(index, updated[:, first - start : last - start])
+        for index, (_, own) in enumerate(self._groups):
+            if start <= own.start < stop and index not in self._beforehand:
+                self._choose(index, updated[:, own.start - start : own.stop - start])
 
     def _choose(self, index: int, columns: Tensor) -> None:
-        part, start, stop = self._groups[index]
-        importance = None if self._importance is None else self._importance[start:stop]
-        rounded = round_matrix(columns, Format(part.format.kind), self._clip, importance)
+        kind, own = self._groups[index]
+        importance = None if self._importance is None else self._importance[own]
+        rounded = round_matrix(columns, Format(kind), self._clip, importance)
         self.table[index] = rounded.scale[:, 0]
         self._inverse[index] = inverse(self.table[index])
 
     def of(self, column: int) -> tuple[Tensor, Tensor, str]:
         """(scale float32 [n], its inverse, kind) of a column."""
         index = self._group_of[column]
-        return self.table[index], self._inverse[index], self._groups[index][0].format.kind
+        return self.table[index], self._inverse[index], self._groups[index][0]

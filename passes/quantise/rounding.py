@@ -1,5 +1,6 @@
 """Rounding a matrix to an integer format: the one quantiser that `rtn` applies and `sensitivity` predicts with."""
 
+from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -38,6 +39,14 @@ class Rounded(NamedTuple):
 
     codes: Tensor
     scale: Tensor
+
+
+def column_groups(fmt: Format, k: int) -> Iterator[tuple[str, slice]]:
+    """The kind and the columns of each group of k columns, ascending; groups of padding alone have no columns."""
+    for part in fmt.segments(fmt.padded_k(k)):
+        size = part.format.group_size(part.stop - part.start)
+        for start in range(part.start, part.stop, size):
+            yield part.format.kind, slice(min(start, k), min(start + size, k))
 
 
 def round_matrix(weight: Tensor, fmt: Format, clip: str = "mse", importance: Tensor | None = None) -> Rounded:

@@ -29,10 +29,12 @@ def test_noise_is_the_largest_difference_of_any_way_to_take_the_tokens(tiny: Pat
     reference = reference_numbers(program)
     noise = rounding_noise(program, reference)
     runner, count = ReferenceRunner(program), reference.tokens.size
-    for step in (count, 1, 3):
+    found = []
+    for step in (count, 3):
         runner.reset()
         parts = [runner.forward(reference.tokens[at : at + step], at) for at in range(0, count, step)]
-        assert difference(np.concatenate(parts)[reference.prompt - 1 :], reference) <= noise
+        found.append(difference(np.concatenate(parts)[reference.prompt - 1 :], reference))
+    assert noise == max(found)
 
 
 def test_the_manifest_allows_what_the_noise_asks_for(
