@@ -67,8 +67,8 @@ class Bench:
     """
 
     def __init__(self, model: Path, texts: Sequence[Path], pieces: int, tokens: int) -> None:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False).eval()
         self._ids: list[Tensor] = []
         self._characters = 0
         for path in texts:
