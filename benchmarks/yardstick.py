@@ -1,12 +1,15 @@
 """What each recipe costs a real model: size, bits, quality, tasks, speed, and what lowering it takes.
 
     python -m benchmarks.yardstick MODEL --corpus DIR --work DIR [--recipes int4,gptq-4bit] [--pieces 48] [--tasks DIR]
+        [--files FILE.gguf,…]
 
 Every recipe is lowered to an artefact for this machine, and the artefact is measured: bits per character, KL divergence
 and equal greedy tokens against the float model's own artefact on the same tokens, zero-shot tasks, tokens per second.
 The text is as many pieces of 6000 characters, at paragraphs evenly spaced in each `valid.*.txt` of the corpus, read by
 document; the calibration text is a mixture of documents of every `train.*.txt.xz`, so that neither is of one domain;
 int4 and int4-small get none and take what comes with hikui.
+Files of others' quantisers are measured with `--files`: GGUFs of the same model, of which our reader makes floats and
+the interpreter the logits, so without what int8 activations cost in their own runtimes; the size is the file's alone.
 What is done is kept under `--work`, a file a recipe; a second run goes on from there and writes the table.
 """
 
@@ -21,6 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from gguf import GGUFReader
 
 from hikui.lowering.artefact.text import SEPARATOR
 from hikui.lowering.files import write_whole
@@ -117,6 +122,34 @@ def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str,
     return found
 
 
+def measure_file(path: Path, work: Path) -> dict[str, Any]:
+    """Measures a GGUF file against the float artefact; what was done before is read instead."""
+    kept = work / f"{path.stem}.gguf.json"
+    found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    if "quality" not in found:
+        target = work / f"{path.stem}.gguf.quality"
+        command(
+            "eval", str(path), "--text", str(work / "text.txt"), "--context", str(CONTEXT), "--against",
+            str(work / "float"), "--json", out=target,
+        )  # fmt: skip
+        found["quality"] = json.loads(target.read_text("utf-8")) | file_bits(path)
+        found["artefact_bytes"] = path.stat().st_size
+        _keep(kept, json.dumps(found, indent=1))
+    return found
+
+
+def file_bits(path: Path) -> dict[str, float]:
+    """Bits per weight of a GGUF's matrices inside the blocks, and of all its tensors."""
+    tensors = [
+        (tensor.name, len(tensor.shape), int(tensor.n_elements), int(tensor.n_bytes))
+        for tensor in GGUFReader(path).tensors
+    ]
+    blocks = [(count, size) for name, dim, count, size in tensors if name.startswith("blk.") and dim == 2]
+    every = [(count, size) for _, _, count, size in tensors]
+    bits = [8 * sum(size for _, size in part) / sum(count for count, _ in part) for part in (blocks, every)]
+    return {"block_bpw": bits[0], "all_bpw": bits[1]}
+
+
 def _keep(path: Path, content: str) -> None:
     write_whole(path, lambda partial: partial.write_text(content, "utf-8"))
 
@@ -141,7 +174,10 @@ def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         else:
             cells += ["", "", ""]
         cells += [_task(name, row, found["float"]) for name in tasks]
-        cells += [f"{quality['tokens_per_second']:.0f}", _number(row.get("lower_seconds"), ".0f")]
+        cells += [
+            "" if recipe.endswith(".gguf") else f"{quality['tokens_per_second']:.0f}",
+            _number(row.get("lower_seconds"), ".0f"),
+        ]
         cells += [_number(None if "lower_peak_bytes" not in row else row["lower_peak_bytes"] / 1e9, ".2f")]
         yield f"| {' | '.join(cells)} |"
 
@@ -178,6 +214,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=48)
     parser.add_argument("--tasks", type=Path, help="a folder with piqa.jsonl, arc_easy.jsonl, …")
     parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--files", default="", help="GGUF files of the same model by other quantisers")
     parser.add_argument("--task-recipes", default="", help="only these are run on tasks, float with them")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -193,6 +230,9 @@ def main() -> None:
     for recipe in ("float", *(name for name in options.recipes.split(",") if name)):
         wanted = tasks if chosen is None or recipe in chosen else []
         found[Path(recipe).stem] = measure(options.model, recipe, options.work, wanted)
+        print("\n".join(table(found)), flush=True)
+    for path in (Path(name) for name in options.files.split(",") if name):
+        found[path.name] = measure_file(path, options.work)
         print("\n".join(table(found)), flush=True)
     for row in found.values():
         for quality in (row["quality"], row["quality"].get("against", {})):

@@ -141,6 +141,7 @@ _STATISTICS: Mapping[str, tuple[float, float]] = {
     "max_abs": (2.0, 4.0),
     "tokens": (64.0, 64.0),
     "gram": (0.0, 0.0),
+    "sample": (-1.0, 1.0),
 }
 """Bounds of what `calibrate` would have measured."""
 

@@ -16,7 +16,7 @@ from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorSource
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import blocks, float_sites, groups, matrix_shape
-from hikui.passes.measure.evidence import Sums
+from hikui.passes.measure.evidence import SAMPLE, Sums
 from hikui.passes.measure.footprint import estimate
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 
@@ -28,10 +28,12 @@ class Calibrate(Pass):
     """Measures the mean square and the mean and largest magnitude of every input column of every site.
 
     Tied sites share one set of statistics, kept in the store under `statistics/<group>/…`: `mean_square`, `max_abs` and
-    `mean_abs` float32 [K], `tokens` int64 [], and `gram` float32 [K, K], summed in float64.
+    `mean_abs` float32 [K], `tokens` int64 []; with `gram` also `gram` float32 [K, K], summed in float64, and `sample`
+    float32 [tokens, K], the activation of up to 512 evenly spaced tokens.
 
     Attributes:
-        gram: also measure E[x·xᵀ], which the whitened branch and the exact output error need; 4 K² bytes a group.
+        gram: also measure E[x·xᵀ] and keep a sample, which the whitened branch and the exact output error need;
+            4 K² + 2048 K bytes a group.
     """
 
     name: ClassVar[str] = "calibrate"
@@ -68,7 +70,7 @@ class _Measuring(ResumableTraversal):
         self, options: Calibrate, program: Program, work: Program, context: PassContext, workers: Workers
     ) -> None:
         super().__init__(options.name, program, work, context, workers)
-        self._wanted = _KINDS | ({"gram"} if options.gram else set())
+        self._wanted = _KINDS | ({"gram", "sample"} if options.gram else set())
         self._blocks = blocks(float_sites(work))
         self._new = False
         need = estimate(
@@ -82,7 +84,7 @@ class _Measuring(ResumableTraversal):
             workers=workers.count,
         )
         widths = [matrix_shape(members[0])[1] for block in self._blocks for members in block]
-        stored = sum(4 * k * k for k in widths) if options.gram else 0
+        stored = sum(4 * k * (k + SAMPLE) for k in widths) if options.gram else 0
         if context.resume or context.scratch is not None:
             self._expect(replace(need, disk=need.disk + stored))
         else:

@@ -22,12 +22,14 @@ class Evidence:
         max_abs: float32 [k], max|x|.
         mean_abs: float32 [k], E|x|.
         gram: float64 [k, k], E[x·xᵀ].
+        sample: float32 [tokens, k], x itself of evenly spaced tokens.
     """
 
     mean_square: Tensor | None = None
     max_abs: Tensor | None = None
     mean_abs: Tensor | None = None
     gram: Tensor | None = None
+    sample: Tensor | None = None
 
     def take_gram(self, order: Tensor | None = None) -> Tensor:
         """A Gram matrix that may be overwritten, its columns in another order (int64 [k]) where one is given."""
@@ -40,7 +42,8 @@ class Evidence:
             name: None if (held := getattr(self, name)) is None else held[order]
             for name in ("mean_square", "max_abs", "mean_abs")
         }
-        return OwnEvidence(**vectors, gram=None if self.gram is None else self.take_gram(order))
+        sample = None if self.sample is None else self.sample[:, order]
+        return OwnEvidence(**vectors, gram=None if self.gram is None else self.take_gram(order), sample=sample)
 
 
 class OwnEvidence(Evidence):
@@ -50,11 +53,11 @@ class OwnEvidence(Evidence):
     def stored(program: Program, node: fx.Node, wanted: Set[str]) -> "OwnEvidence":
         """What `calibrate` has measured of a site."""
         keys = node.meta[STATISTICS]
-        return OwnEvidence(**{kind: _own(program.store.load(keys[kind])) for kind in sorted(wanted)})
+        return OwnEvidence(**{kind: _own(kind, program.store.load(keys[kind])) for kind in sorted(wanted)})
 
     def shared(self) -> Evidence:
         """The same for somebody who is not to use it up."""
-        return Evidence(self.mean_square, self.max_abs, self.mean_abs, self.gram)
+        return Evidence(self.mean_square, self.max_abs, self.mean_abs, self.gram, self.sample)
 
     def take_gram(self, order: Tensor | None = None) -> Tensor:
         """The Gram matrix itself, which is given away."""
@@ -63,13 +66,42 @@ class OwnEvidence(Evidence):
         return gram if order is None else linalg.permuted(gram, order)
 
 
-def _own(tensor: Tensor) -> Tensor:
+def _own(kind: str, tensor: Tensor) -> Tensor:
     # A Gram matrix is stored in float32 and worked on in float64, in place.
-    return tensor.to(torch.float64, copy=True) if tensor.dim() == 2 else tensor
+    return tensor.to(torch.float64, copy=True) if kind == "gram" else tensor
 
 
 _BATCH = 1024
 """Tokens whose outer products are added up in float32 before the sum goes to the float64 matrices."""
+
+
+SAMPLE = 512
+"""Tokens that a sample has at most; there are at least half as many of a text that is long enough."""
+
+_SPACED = 16
+"""Every so many tokens one is taken into the sample, to begin with."""
+
+
+class Sample:
+    """Tokens evenly spaced in all that were seen: when there are too many, every second one is given up.
+
+    Which they are does not depend on how the text is cut.
+    """
+
+    def __init__(self) -> None:
+        self._spacing, self._seen = _SPACED, 0
+        self._held: list[Tensor] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Sees further tokens: float32 [tokens, k]."""
+        self._held += rows[-self._seen % self._spacing :: self._spacing].clone()
+        self._seen += rows.shape[0]
+        while len(self._held) > SAMPLE:
+            self._held, self._spacing = self._held[::2], 2 * self._spacing
+
+    def tokens(self) -> Tensor:
+        """Those that are held: float32 [tokens, k]."""
+        return torch.stack(self._held)
 
 
 class Sums:
@@ -91,6 +123,7 @@ class Sums:
         self._wanted = set(wanted)
         self._gram = torch.zeros(width, width, dtype=torch.float64) if "gram" in wanted or cross else None
         self._cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+        self._sample = Sample() if "sample" in wanted else None
         self._waiting: list[tuple[Tensor, Tensor | None]] = []
 
     @property
@@ -106,6 +139,8 @@ class Sums:
         self._squares += rows.double().square().sum(0)
         self._magnitudes += magnitudes.sum(0, dtype=torch.float64)
         self._largest = torch.maximum(self._largest, magnitudes.amax(0))
+        if self._sample is not None:
+            self._sample.add(rows)
         if self._gram is not None or self._cross is not None:
             difference = None
             if self._cross is not None:
@@ -136,6 +171,8 @@ class Sums:
             "mean_abs": (self._magnitudes / self.tokens).float(),
         }
         out = OwnEvidence(**{name: tensor for name, tensor in every.items() if name in self._wanted})
+        if self._sample is not None:
+            out.sample = self._sample.tokens()
         if self._gram is not None:
             linalg.mirror(self._gram)
             self._gram /= self.tokens

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
-from hikui.lowering.formats import Format
+from hikui.lowering.errors import UsageError
+from hikui.lowering.formats import Format, quantize_activation
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.passes.graph import float_sites, matrix_shape, selected, weight_of
 from hikui.passes.matrices import load_finite, row_parts
@@ -40,23 +41,33 @@ class Awq(Scaling):
     and are left alone there. The factor goes where the activation comes from, as in `smooth`; `rtn{clip=output}` has
     AWQ's search of clipped scales.
 
+    With `activation_bits` the error that rounding the activations themselves will make is added, E‖W·s·(Q(x/s) − x/s)‖²
+    over a sample of tokens: factors that serve the weights may leave one column of x far above the others, and factors
+    that even it out cost the weights. The two errors are taken as independent.
+
     Attributes:
         bits, group, format: as in `rtn`: what sites without an assigned format are judged in.
         clip: how the scales are chosen while judging: `minmax` as in AWQ, or `mse`.
+        activation_bits: what the activations will be rounded to, a scale a token: 8, 4, or 0 if they stay float.
         sites: regular expression of the sites; empty is all. A tied group takes part as a whole or not at all.
         skip: regular expression of the sites to leave as they are.
     """
 
     name: ClassVar[str] = "awq"
-    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram")
+    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram", "sample")
     bits: int = BITS
     group: int = GROUP
     format: str = ""
     clip: Literal["minmax", "mse"] = "minmax"
+    activation_bits: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.default_format()
+        if self.activation_bits not in (0, 4, 8):
+            raise UsageError(
+                f"awq cannot judge activations of {self.activation_bits} bits; give 8, 4, or 0 for float ones."
+            )
 
     def default_format(self) -> Format:
         """The format that sites are judged in which none was assigned to."""
@@ -80,11 +91,18 @@ class Awq(Scaling):
         judged = [node for node in found.members if formats[node].is_integer]
         if not judged:
             return Factor(None, "its formats are not rounded")
-        metric = output_metric(program.store.load(keys["gram"]))
+        gram = program.store.load(keys["gram"])
+        metric = output_metric(gram)
+        noise: list[Tensor] = []
+        if self.activation_bits:
+            sample = program.store.load(keys["sample"]) / _mean_power(gram) ** 0.5
+            noise = [activation_noise(sample / s[found.ties], self.activation_bits) for s in factors]
         errors = torch.zeros(_STEPS, dtype=torch.float64)
         for node in judged:
             tied = [other for other in judged if formats[other] == formats[node]]
-            errors += self._judge(program, node, tied, formats[node], [s[found.ties] for s in factors], metric, workers)
+            errors += self._judge(
+                program, node, tied, formats[node], [s[found.ties] for s in factors], metric, noise, workers
+            )
         best = int(errors.argmin())
         if not bool(errors[best].isfinite()):
             return Factor(None, "none of the scales fits float16")
@@ -99,6 +117,7 @@ class Awq(Scaling):
         fmt: Format,
         factors: list[Tensor],
         metric: Tensor,
+        noise: list[Tensor],
         workers: Workers,
     ) -> Tensor:
         """The site's squared output error with each factor: float64 [factors], over the mean square of x."""
@@ -107,7 +126,10 @@ class Awq(Scaling):
 
         def judge(part: slice) -> Tensor:
             rows = load_finite(program, weight_of(node), node.meta[SITE], part)[-part.start % step :: step]
-            return output_errors(rows, factors, fmt, metric, self.clip, order)
+            errors = output_errors(rows, factors, fmt, metric, self.clip, order)
+            for index, (factor, off) in enumerate(zip(factors, noise, strict=False)):
+                errors[index] += ((rows * factor) @ off).square_().sum(dtype=torch.float64) / off.shape[1]
+            return errors
 
         total = torch.zeros(len(factors), dtype=torch.float64)
         for errors in workers.map(judge, row_parts(*matrix_shape(node))):
@@ -165,5 +187,23 @@ def _normalised(factor: Tensor) -> Tensor:
 
 def output_metric(gram: Tensor) -> Tensor:
     """E[x·xᵀ], [k, k], over the mean of its diagonal: float32."""
+    return gram.float() / _mean_power(gram)
+
+
+def _mean_power(gram: Tensor) -> float:
     mean = float(gram.diagonal().mean())
-    return gram.float() / (mean if mean > 0 else 1.0)
+    return mean if mean > 0 else 1.0
+
+
+def activation_noise(x: Tensor, bits: int) -> Tensor:
+    """What rounding adds to activations, a scale a token: Q(x) − x.
+
+    Args:
+        x: float32 [tokens, k].
+        bits: 8 or 4.
+
+    Returns:
+        float32 [k, tokens].
+    """
+    q, scale, _ = quantize_activation(x, bits)
+    return (q[:, : x.shape[1]] * scale.unsqueeze(1) - x).t().contiguous()

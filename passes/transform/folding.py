@@ -21,7 +21,7 @@ from hikui.passes.matrices import load_finite, row_parts
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.passing import Labels, carriers, is_cache, is_view
 
-_POWERS = {"mean_square": 2, "max_abs": 1, "mean_abs": 1, "tokens": 0}
+_POWERS = {"mean_square": 2, "max_abs": 1, "mean_abs": 1, "sample": 1, "tokens": 0}
 """With which power of the factor a statistic shrinks."""
 
 

@@ -5,6 +5,8 @@ import lzma
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from benchmarks import yardstick
 
@@ -66,6 +68,39 @@ def test_the_table_relates_each_recipe_to_the_float_model() -> None:
         "12", "1.50",
     ]  # fmt: skip
     assert head.count("|") == rule.count("|") == plain.count("|") == row.count("|")
+
+
+def test_bits_of_a_file_count_what_its_tensors_take(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), np.float16))
+    writer.add_tensor("blk.0.attn_norm.weight", np.zeros(32, np.float32))
+    codes = gguf.quantize(np.zeros((2, 32), np.float32), gguf.GGMLQuantizationType.Q4_0)
+    writer.add_tensor("blk.0.attn_q.weight", codes, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = yardstick.file_bits(path)
+    assert found == {"block_bpw": 4.5, "all_bpw": (128 * 16 + 32 * 32 + 64 * 4.5) / (128 + 32 + 64)}
+
+
+def test_a_file_is_measured_once_with_the_size_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, ...]] = []
+
+    def command(*arguments: str, out: Path | None = None) -> tuple[float, int]:
+        calls.append(arguments)
+        assert out is not None
+        out.write_text(json.dumps({"bits_per_char": 1.0, "block_bpw": 32.0}))
+        return 1.5, 100
+
+    monkeypatch.setattr(yardstick, "command", command)
+    monkeypatch.setattr(yardstick, "file_bits", lambda path: {"block_bpw": 4.5, "all_bpw": 5.0})
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"12345")
+    found = yardstick.measure_file(path, tmp_path)
+    assert found == {"quality": {"bits_per_char": 1.0, "block_bpw": 4.5, "all_bpw": 5.0}, "artefact_bytes": 5}
+    assert yardstick.measure_file(path, tmp_path) == found and len(calls) == 1
 
 
 def test_what_was_measured_before_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

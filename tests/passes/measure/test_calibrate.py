@@ -42,6 +42,7 @@ def test_statistics_against_float64_over_all_tokens(family: str) -> None:
         assert torch.allclose(stored["mean_square"].double(), x.square().mean(0), rtol=1e-5, atol=0)
         assert torch.allclose(stored["max_abs"].double(), x.abs().amax(0), rtol=1e-5, atol=0)
         assert torch.allclose(stored["mean_abs"].double(), x.abs().mean(0), rtol=1e-5, atol=0)
+        assert torch.equal(stored["sample"], x[::16].float())
         gram = x.t() @ x / len(x)
         assert stored["gram"].dtype == torch.float32
         assert torch.allclose(stored["gram"].double(), gram, rtol=1e-4, atol=1e-5 * float(gram.diagonal().max()))

@@ -122,6 +122,19 @@ def test_only_what_is_wanted_is_told(wanted: set[str]) -> None:
         assert sums.evidence().gram is None, "it is handed over once"
 
 
+@pytest.mark.parametrize("cut", [1, 7, 16, 1000, 20000])
+@pytest.mark.parametrize(("count", "spacing"), [(1, 16), (17, 16), (16 * 512, 16), (16 * 512 + 1, 32), (20000, 64)])
+def test_a_sample_is_evenly_spaced_however_the_text_is_cut(count: int, spacing: int, cut: int) -> None:
+    x = torch.arange(float(count))[:, None].expand(count, 2)
+    with Workers(1) as workers:
+        sums = Sums(2, {"sample"}, workers)
+        for part in x.split(cut):
+            sums.add(part)
+        sample = sums.evidence().sample
+    assert sample is not None and len(sample) <= module.SAMPLE
+    assert torch.equal(sample, x[::spacing])
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_noticed(value: float) -> None:
     with Workers(1) as workers:

@@ -89,6 +89,45 @@ def test_the_exponent_is_the_best_on_the_activations(
     torch.testing.assert_close(factor, factors[best], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("group", [QKV, OUT, DOWN])
+def test_rounded_activations_count_too(group: str, bits: int) -> None:
+    """Against brute force: both errors on the activations themselves, the second of each 16th token."""
+    program, data, fmt = measured("llama"), calibration(canonical("llama"), 8, 40), Format.parse("int4-g32")
+    out = lower(program, f"awq{{bits=4,group=32,activation_bits={bits},sites={group.rpartition('.')[0]}}}")
+    x, matrices = inputs(program, group, data), weights(program, group)
+    magnitude = x.abs().mean(0)
+    if group == OUT:
+        magnitude = magnitude.view(2, 3, 8).mean(1, keepdim=True).expand(2, 3, 8).flatten()
+    high = {8: 127, 4: 7}[bits]
+    errors, factors = [], []
+    for step in range(20):
+        s = magnitude ** (step / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        tokens = x[::16] / s
+        scale = tokens.abs().amax(1, keepdim=True) / high
+        off = (tokens / scale).round() * scale - tokens
+        error = 0.0
+        for w in matrices:
+            rounded = dequantise(round_matrix((w * s).float(), fmt, "minmax"), fmt).double() / s
+            error += float((x @ (rounded - w).t()).square().sum()) / len(x)
+            error += float((off @ (w * s).t()).square().sum()) / len(tokens)
+        errors.append(error)
+        factors.append(s)
+    best = min(range(20), key=errors.__getitem__)
+    assert min(error for step, error in enumerate(errors) if step != best) > errors[best] * (1 + 1e-5)
+    factor = x.square().mean(0).sqrt() / inputs(out, group, data).square().mean(0).sqrt()
+    torch.testing.assert_close(factor, factors[best], rtol=1e-4, atol=0)
+    plain = lower(program, f"awq{{bits=4,group=32,sites={group.rpartition('.')[0]}}}")
+    same = torch.equal(inputs(plain, group, data), inputs(out, group, data))
+    assert not same or bits == 8, "four bits of activations count for more than four of weights"
+
+
+def test_activations_of_other_widths_are_refused() -> None:
+    with pytest.raises(UsageError, match="awq cannot judge activations of 6 bits; give 8, 4, or 0 for float ones"):
+        Awq(activation_bits=6)
+
+
 def output_error(program: Program, original: Program, fmt: Format, group: str) -> float:
     """E‖(Ŵ−W)x‖² summed over a group's sites, of a program that `rtn` has packed."""
     total = 0.0

@@ -120,7 +120,7 @@ def test_statistics_are_those_of_the_new_activations(family: str) -> None:
     out = lower(measured(family), "smooth")
     fresh = lower(out, "calibrate{gram=true}", calibration(canonical(family), 8, 40))
     for old, new in zip(sites(out), sites(fresh), strict=True):
-        assert set(old.meta[STATISTICS]) == {"mean_square", "mean_abs", "max_abs", "tokens", "gram"}
+        assert set(old.meta[STATISTICS]) == {"mean_square", "mean_abs", "max_abs", "tokens", "gram", "sample"}
         for kind, key in old.meta[STATISTICS].items():
             one, two = out.store.load(key).double(), fresh.store.load(new.meta[STATISTICS][kind]).double()
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4 * float(two.abs().max()))
