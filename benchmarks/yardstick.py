@@ -174,10 +174,8 @@ def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         else:
             cells += ["", "", ""]
         cells += [_task(name, row, found["float"]) for name in tasks]
-        cells += [
-            "" if recipe.endswith(".gguf") else f"{quality['tokens_per_second']:.0f}",
-            _number(row.get("lower_seconds"), ".0f"),
-        ]
+        cells.append("" if recipe.endswith(".gguf") else _number(quality.get("tokens_per_second"), ".0f"))
+        cells.append(_number(row.get("lower_seconds"), ".0f"))
         cells += [_number(None if "lower_peak_bytes" not in row else row["lower_peak_bytes"] / 1e9, ".2f")]
         yield f"| {' | '.join(cells)} |"
 
