@@ -54,7 +54,7 @@ class Awq(Scaling):
     """
 
     name: ClassVar[str] = "awq"
-    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram", "sample")
+    needs: ClassVar[tuple[str, ...]] = ("mean_abs", "gram")
     bits: int = BITS
     group: int = GROUP
     format: str = ""
@@ -72,6 +72,10 @@ class Awq(Scaling):
     def default_format(self) -> Format:
         """The format that sites are judged in which none was assigned to."""
         return chosen_format(self.name, self.bits, self.group, self.format)
+
+    def wanted(self) -> tuple[str, ...]:
+        """A sample only where activations are judged."""
+        return (*self.needs, "sample") if self.activation_bits else self.needs
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no float site is named, or one has not been measured."""

@@ -49,6 +49,10 @@ class Scaling(Pass):
         for option in ("sites", "skip"):
             pattern(getattr(self, option), option)
 
+    def wanted(self) -> tuple[str, ...]:
+        """Which statistics of its sites it reads with these options."""
+        return self.needs
+
     @abstractmethod
     def choose(self, program: Program, found: Fold, workers: Workers) -> Factor:
         """The factors of a group."""
@@ -61,9 +65,9 @@ class Scaling(Pass):
         if not chosen:
             raise HikuiError(f"No float site is left for {self}; run it before the sites are quantised.")
         for node in chosen:
-            missing = [kind for kind in self.needs if kind not in node.meta.get(STATISTICS, {})]
+            missing = [kind for kind in self.wanted() if kind not in node.meta.get(STATISTICS, {})]
             if missing and not _is_done(node, self.name):
-                calibrate = "calibrate{gram=true}" if "gram" in missing else "calibrate"
+                calibrate = "calibrate{gram=true}" if {"gram", "sample"} & set(missing) else "calibrate"
                 raise HikuiError(
                     f"Site {node.meta[SITE]} has no statistics of the kind '{missing[0]}'; run `{calibrate}` first."
                 )

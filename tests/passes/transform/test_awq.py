@@ -222,3 +222,12 @@ def test_what_is_missing() -> None:
         Awq(bits=5)
     with pytest.raises(UsageError, match="awq takes either format, or bits and group"):
         Awq(bits=3, format="nf4-g64")
+
+
+def test_a_sample_is_needed_only_where_activations_are_judged() -> None:
+    program = measured("llama").clone()
+    for node in sites(program):
+        node.meta[STATISTICS] = {kind: key for kind, key in node.meta[STATISTICS].items() if kind != "sample"}
+    lower(program, "awq{sites=layers.1.self_attn}")
+    with pytest.raises(HikuiError, match=r"no statistics of the kind 'sample'; run `calibrate\{gram=true\}` first"):
+        lower(program, "awq{activation_bits=8}")
