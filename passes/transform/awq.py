@@ -97,7 +97,7 @@ class Awq(Scaling):
             return Factor(None, "its formats are not rounded")
         gram = program.store.load(keys["gram"])
         metric = output_metric(gram)
-        noise: list[Tensor] = []
+        noise: list[Tensor] = []  # Of each factor, or none at all.
         if self.activation_bits:
             sample = program.store.load(keys["sample"]) / _mean_power(gram) ** 0.5
             noise = [activation_noise(sample / s[found.ties], self.activation_bits) for s in factors]
@@ -131,8 +131,8 @@ class Awq(Scaling):
         def judge(part: slice) -> Tensor:
             rows = load_finite(program, weight_of(node), node.meta[SITE], part)[-part.start % step :: step]
             errors = output_errors(rows, factors, fmt, metric, self.clip, order)
-            for index, (factor, off) in enumerate(zip(factors, noise, strict=False)):
-                errors[index] += ((rows * factor) @ off).square_().sum(dtype=torch.float64) / off.shape[1]
+            for index, off in enumerate(noise):
+                errors[index] += ((rows * factors[index]) @ off).square_().sum(dtype=torch.float64) / off.shape[1]
             return errors
 
         total = torch.zeros(len(factors), dtype=torch.float64)
