@@ -17,6 +17,7 @@ from hikui.passes.quantise.adopt import Adopt
 from hikui.passes.quantise.embedding import Embedding
 from hikui.passes.quantise.gptq import Gptq
 from hikui.passes.quantise.hqq import Hqq
+from hikui.passes.quantise.learned.distil import Distil
 from hikui.passes.quantise.learned.learned_clip import LearnedClip
 from hikui.passes.quantise.mxfp4 import Mxfp4
 from hikui.passes.quantise.pack import Pack
@@ -42,6 +43,7 @@ __all__ = [
     "Calibrate",
     "Canonicalise",
     "DeadCode",
+    "Distil",
     "Embedding",
     "Fuse",
     "Gptq",
@@ -78,6 +80,7 @@ PASSES: tuple[type[Pass], ...] = (
     Mxfp4,
     Gptq,
     LearnedClip,
+    Distil,
     SubBranch,
     Activation,
     KvCache,

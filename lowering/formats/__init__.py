@@ -21,7 +21,7 @@ from hikui.lowering.formats.format import (
     is_group,
 )
 from hikui.lowering.formats.kinds import FP4, KINDS, NF4, Kind
-from hikui.lowering.formats.packing import Packed, pack, unpack, unpack_codes, unpack_scale
+from hikui.lowering.formats.packing import Packed, pack, pack_scale, unpack, unpack_codes, unpack_scale
 
 __all__ = [
     "ACTIVATION_PADDING",
@@ -44,6 +44,7 @@ __all__ = [
     "dequantize_cache",
     "is_group",
     "pack",
+    "pack_scale",
     "quantize_activation",
     "quantize_activation_static",
     "quantize_cache",

@@ -44,8 +44,14 @@ def pack(fmt: Format, values: Tensor, scale: Tensor | None = None) -> Packed:
         raise ValueError(f"{fmt} of a {n}×{k} matrix takes scales of shape ({n}, {fmt.groups(k)})")
     segments = fmt.segments(fmt.padded_k(k))
     lines = torch.cat([_pack_segment(part, values[:, part.start : part.stop]) for part in segments], 1)
-    scales = F.pad(scale.to(torch.float16), (0, 0, 0, n16 - n)).view(n16 // ROWS, ROWS, -1).transpose(1, 2)
-    return Packed(lines.contiguous(), scales.contiguous())
+    return Packed(lines.contiguous(), pack_scale(scale))
+
+
+def pack_scale(scale: Tensor) -> Tensor:
+    """The scales of a packed matrix, float16 [blocks, groups, 16], from [n, groups]."""
+    n16 = round_up(scale.shape[0], ROWS)
+    padded = F.pad(scale.to(torch.float16), (0, 0, 0, n16 - scale.shape[0]))
+    return padded.view(n16 // ROWS, ROWS, -1).transpose(1, 2).contiguous()
 
 
 def unpack_codes(fmt: Format, weight: Tensor, n: int, k: int) -> Tensor:

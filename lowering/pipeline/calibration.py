@@ -1,6 +1,7 @@
 """Windows of text that passes measure a model on."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ def draw(
     """Draws windows of text to calibrate on.
 
     Documents are cut into pieces of about twice a window, which are visited in an order drawn with `seed`; each gives
-    its first tokens, special ones among them. Short windows, from short documents, are taken only where there are too
-    few full ones; text that is too little gives fewer windows.
+    its first tokens, special ones among them. Where those are too few, the tokens behind them give windows too,
+    and then come short ones, from short documents; text that is too little gives fewer windows.
 
     Args:
         documents: the text.
@@ -41,11 +42,14 @@ def draw(
     short: list[list[int]] = []
     width = _CHARACTERS_PER_TOKEN * length
     pieces = [document[at : at + width] for document in documents for at in range(0, len(document), width)]
-    for index in np.random.default_rng(seed).permutation(len(pieces)):
-        ids = encode(pieces[int(index)].strip())[:length]
+    order = np.random.default_rng(seed).permutation(len(pieces)).tolist()
+    specials = encode("")
+    for second, index in product((False, True), order):
+        ids = encode(pieces[index].strip())
+        ids = [*specials, *ids[length:]][:length] if second else ids[:length]
         if len(ids) == length:
             full.append(ids)
-        elif len(ids) >= 2:
+        elif len(ids) >= len(specials) + 2 or (len(ids) >= 2 and not second):
             short.append(ids)
         if len(full) == samples:
             break

@@ -13,7 +13,7 @@ from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import SITE, Program
-from hikui.passes.quantise.learned.block_training import BlockSpan, TrainingBlock
+from hikui.passes.quantise.learned.block_training import BlockSpan, TrainingBlock, multiply_by
 from hikui.passes.quantise.learned.learned_scales import LearnedScales
 
 _EPSILON = 1e-12
@@ -131,7 +131,7 @@ class BlockLearning:
     def _squares(self, number: int, matrices: Sequence[Tensor]) -> Tensor:
         """The sum of squared errors of one text's output."""
         inputs = {node: self._stream.value(number, node) for node in self._block.inputs}
-        by_site = dict(zip(self._span.sites, matrices, strict=True))
+        by_site = dict(zip(self._span.sites, map(multiply_by, matrices), strict=True))
         total = torch.zeros((), dtype=torch.float64)
         made = self._block.run(inputs, self._texts[number].shape[1], by_site)
         for output, node in zip(made, self._targets, strict=True):

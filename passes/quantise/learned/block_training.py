@@ -41,6 +41,9 @@ _DIFFERENTIABLE: dict[object, Callable[..., object]] = {
 
 _LINEAR = _hikui.linear.default
 
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""What a site does with its input and its bias, if it has one."""
+
 
 @dataclass(frozen=True)
 class BlockSpan:
@@ -104,38 +107,47 @@ def _passes_gradients(node: fx.Node) -> bool:
 
 
 class TrainingBlock:
-    """A span with its weights in memory; the matrices of its sites are arguments.
+    """A span with its weights in memory; what its sites do is an argument, and weights may be put in others' place.
 
     Args:
         program: holds the span and its weights.
         span: which must pass gradients.
         lengths: of the texts that will be run.
+        fixed: what depends on a length alone, by length; blocks that are in memory together share it.
     """
 
-    def __init__(self, program: Program, span: BlockSpan, lengths: set[int]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        span: BlockSpan,
+        lengths: set[int],
+        fixed: dict[int, dict[fx.Node, object]] | None = None,
+    ) -> None:
         self._program = program
         self._outputs = span.outputs
         self._tokens, self._past, *_ = program.input_nodes()
-        changing: set[str] = set()
-        for node in program.graph.nodes:
-            if node.op == "call_function" and sees_text(node, changing, self._tokens.name):
-                changing.add(node.name)
+        changing = text_dependent(program)
         self._calls = [node for node in span.nodes if node.name in changing]
         held, learned = set(self._calls), set(span.sites)
         operands = list(dict.fromkeys(operand for node in self._calls for operand in node.all_input_nodes))
         self.inputs = [node for node in operands if node.name in changing and node not in held]
         """What it reads of the calls before it, apart from what depends on a text's length alone."""
+        self.vectors = [node for node in operands if is_vector(node)]
+        """The weights of one dimension that it reads: those of norms, and biases."""
         self._weights: dict[fx.Node, Tensor] = {}
         self._dense: dict[fx.Node, Tensor] = {}
         for node in self._calls:
-            if node.target is _LINEAR:
+            if node.target is _LINEAR and node not in learned:
                 self._dense[node] = PackedLinear.of(node).dense(self._program.store)
         for node in operands:
             read = [user for user in node.users if user in held]
             if WEIGHT in node.meta and not all(_is_matrix(node, user, learned) for user in read):
                 self._weights[node] = self._load(node)
         single = [node for node in operands if node.name not in changing and WEIGHT not in node.meta]
-        self._by_length = {length: self._fixed(single, length) for length in sorted(lengths)}
+        self._by_length = {} if fixed is None else fixed
+        for length in sorted(lengths):
+            known = self._by_length.setdefault(length, {})
+            known |= self._fixed([node for node in single if node not in known], length)
 
     def _load(self, node: fx.Node) -> Tensor:
         return self._program.store.load(self._program.weight_of(node))
@@ -163,25 +175,33 @@ class TrainingBlock:
                 values[node] = self._load(node) if WEIGHT in node.meta else empty_cache(node)
         return {node: values[node] for node in wanted}
 
-    def run(self, inputs: Mapping[fx.Node, Tensor], length: int, matrices: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+    def run(
+        self,
+        inputs: Mapping[fx.Node, Tensor],
+        length: int,
+        products: Mapping[fx.Node, Product],
+        instead: Mapping[fx.Node, Tensor] | None = None,
+    ) -> list[Tensor]:
         """The span's outputs for a text.
 
         Args:
-            inputs: the values of `inputs`.
+            inputs: the values of `inputs`; gradients reach them.
             length: of the text.
-            matrices: float32 [n, k] of each site; gradients reach them.
+            products: of each site.
+            instead: weights in the place of stored ones, by their placeholders; gradients reach them.
         """
-        values: dict[fx.Node, object] = {**self._weights, **self._by_length[length], **inputs}
+        values: dict[fx.Node, object] = {**self._weights, **self._by_length[length], **inputs, **(instead or {})}
 
         def value_of(node: Any) -> Any:
             return values[node]
 
         for node in self._calls:
-            matrix = matrices[node] if node in matrices else self._dense.get(node)
-            if matrix is not None:
+            product = products.get(node)
+            if product is None and node in self._dense:
+                product = multiply_by(self._dense[node])
+            if product is not None:
                 bias = PackedLinear.of(node).bias if node.target is _LINEAR else _bias(node)
-                x = value_of(node.args[0])
-                values[node] = F.linear(x, matrix, value_of(bias) if isinstance(bias, fx.Node) else None)
+                values[node] = product(value_of(node.args[0]), value_of(bias) if isinstance(bias, fx.Node) else None)
                 continue
             if (reference := _DIFFERENTIABLE.get(node.target)) is None:
                 values[node] = evaluate(node, value_of)[1]
@@ -191,12 +211,32 @@ class TrainingBlock:
         return [value_of(node) for node in self._outputs]
 
 
+def multiply_by(matrix: Tensor) -> Product:
+    """The product with a matrix, float32 [n, k]; gradients reach it."""
+    return lambda x, bias: F.linear(x, matrix, bias)
+
+
+def text_dependent(program: Program) -> set[str]:
+    """Names of the calls whose values depend on which tokens there are, not only on how many."""
+    tokens, changing = program.input_nodes()[0].name, set[str]()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and sees_text(node, changing, tokens):
+            changing.add(node.name)
+    return changing
+
+
+def is_vector(node: fx.Node) -> bool:
+    """Whether a node is a weight of one dimension, of floats."""
+    value = node.meta.get("val")
+    return WEIGHT in node.meta and isinstance(value, Tensor) and value.dim() == 1 and value.is_floating_point()
+
+
 def _bias(site: fx.Node) -> object:
     return site.args[2] if len(site.args) > 2 else site.kwargs.get("bias")
 
 
 def _is_matrix(weight: fx.Node, user: fx.Node, learned: set[fx.Node]) -> bool:
     """Whether a call reads a weight as the matrix that `TrainingBlock` has in another form."""
-    if user in learned:
-        return weight is user.args[1] and weight is not _bias(user)
-    return user.target is _LINEAR and weight in PackedLinear.of(user).stored()
+    if user.target is _LINEAR:
+        return weight in PackedLinear.of(user).stored()
+    return user in learned and weight is user.args[1] and weight is not _bias(user)

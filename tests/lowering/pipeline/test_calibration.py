@@ -29,11 +29,11 @@ def test_windows_have_bos_and_length_and_their_seed_repeats(stories: Path, tiny:
     assert any(not torch.equal(a, b) for a, b in zip(data.chunks, other.chunks, strict=True))
 
 
-def test_short_documents_fill_up_what_full_windows_leave(tiny: Path, tmp_path: Path) -> None:
+def test_short_documents_come_last(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "mixed.txt"
     path.write_text("<|endoftext|>".join(["short"] * 3 + ["a long document " * 8]))
     lengths = [chunk.shape[1] for chunk in draw(path, tiny, samples=3).chunks]
-    assert lengths == [20, 6, 6]
+    assert lengths == [20, 20, 6]
 
 
 def test_one_long_document_gives_many_windows_of_its_text(tiny: Path, tmp_path: Path) -> None:
@@ -43,6 +43,20 @@ def test_one_long_document_gives_many_windows_of_its_text(tiny: Path, tmp_path: 
     texts = [TextCodec(tiny).decode(chunk[0, 1:].tolist()) for chunk in data.chunks]
     assert len(set(texts)) == 5
     assert all(text in path.read_text() for text in texts)
+
+
+def test_the_rest_of_the_text_gives_windows_where_there_are_too_few(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    # Two pieces of eight characters a token, of which twenty tokens take less than half.
+    path.write_text((" ".join(f"word{number}" for number in range(80)))[:320])
+    first, all_of_it = draw(path, tiny, samples=2), draw(path, tiny, samples=9)
+    windows = [chunk[0].tolist() for chunk in all_of_it.chunks]
+    assert [len(window) for window in windows[:4]] == [20] * 4
+    assert all(window[0] == 0 and 0 not in window[1:] for window in windows)
+    assert all(torch.equal(a, b) for a, b in zip(first.chunks, all_of_it.chunks, strict=False))
+    codec = TextCodec(tiny)
+    for before, after in zip(windows[:2], windows[2:4], strict=True):
+        assert codec.decode(before[1:] + after[1:]) in path.read_text()
 
 
 def test_a_window_is_never_longer_than_the_context(stories: Path, tiny: Path) -> None:

@@ -23,7 +23,7 @@ from hikui.models.synthetic import FAMILIES
 from hikui.passes import PASSES, LearnedClip
 from hikui.passes.graph import float_sites, sites, weight_of
 from hikui.passes.quantise.learned.block_learning import BlockLearning
-from hikui.passes.quantise.learned.block_training import BlockSpan, TrainingBlock, spans
+from hikui.passes.quantise.learned.block_training import BlockSpan, Product, TrainingBlock, multiply_by, spans
 from hikui.passes.quantise.learned.learned_scales import START, LearnedScales
 from hikui.passes.quantise.rounding import round_matrix
 from tests.passes.helpers import assert_settled, calibration, canonical, check, lower, random
@@ -177,12 +177,16 @@ def matrices(program: Program, span: BlockSpan) -> dict[fx.Node, Tensor]:
     return {node: program.store.load(program.weight_of(weight_of(node))).clone() for node in span.sites}
 
 
+def products(held: dict[fx.Node, Tensor]) -> dict[fx.Node, Product]:
+    return {node: multiply_by(matrix) for node, matrix in held.items()}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_gives_what_the_interpreter_gives(family: str) -> None:
     program = canonical(family)
 
     def visit(span: BlockSpan, block: TrainingBlock, inputs: dict[fx.Node, Tensor], stream: Stream) -> None:
-        outputs = block.run(inputs, 24, matrices(program, span))
+        outputs = block.run(inputs, 24, products(matrices(program, span)))
         assert len(outputs) == len(span.outputs) == 1
         assert torch.equal(outputs[0], stream.value(0, span.outputs[0]))
 
@@ -198,7 +202,7 @@ def test_gradients_reach_every_matrix(family: str) -> None:
         outer = random(*stream.value(0, span.outputs[0]).shape, seed=8)
 
         def loss(held: dict[fx.Node, Tensor]) -> Tensor:
-            return (block.run(inputs, 24, held)[0] * outer).double().sum()
+            return (block.run(inputs, 24, products(held))[0] * outer).double().sum()
 
         gradients = torch.autograd.grad(loss(leaves), list(leaves.values()))
         for (node, matrix), gradient in zip(leaves.items(), gradients, strict=True):
@@ -227,7 +231,7 @@ def test_gradients_pass_a_quantised_cache() -> None:
             gathered: dict[str, Tensor] = gathered,
         ) -> None:
             leaves = {node: matrix.requires_grad_() for node, matrix in matrices(program, span).items()}
-            loss = block.run(inputs, 24, leaves)[0].square().sum()
+            loss = block.run(inputs, 24, products(leaves))[0].square().sum()
             gradients = torch.autograd.grad(loss, list(leaves.values()))
             gathered |= {node.meta[SITE]: each for node, each in zip(leaves, gradients, strict=True)}
 
