@@ -202,6 +202,19 @@ def _task(name: str, row: dict[str, Any], plain: dict[str, Any]) -> str:
     return f"{own[0]:.3f} ± {own[1]:.3f}{kept}"
 
 
+def settle(path: Path, text: str) -> None:
+    """Writes a text that results beside it will be of; they are of one text alone.
+
+    Raises:
+        SystemExit: another is there, and so may be results that were measured on it.
+    """
+    if path.exists() and path.read_text("utf-8") != text:
+        raise SystemExit(
+            f"{path} is not the text that is asked for, but what is beside it is of it; give another --work."
+        )
+    path.write_text(text, "utf-8")
+
+
 def main() -> None:
     """Measures, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -217,8 +230,8 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     separator = f"\n{SEPARATOR}\n"
-    (options.work / "text.txt").write_text(separator.join(pieces(options.corpus, options.pieces)), "utf-8")
-    (options.work / "calibration.txt").write_text(separator.join(mixture(options.corpus)), "utf-8")
+    settle(options.work / "text.txt", separator.join(pieces(options.corpus, options.pieces)))
+    settle(options.work / "calibration.txt", separator.join(mixture(options.corpus)))
     tasks = []
     for name in CHANCE if options.tasks else ():
         tasks.append(options.work / f"{name}.jsonl")

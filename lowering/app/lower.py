@@ -118,8 +118,9 @@ def prepare(
         if path is None:
             tell = execution.announce if traced.tokenizer is not None else warn
             tell(standing_in(data))
-        for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
-            warn(notice)
+        else:
+            for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
+                warn(notice)
     keep = _KeepCanonical(keep_floats)
     callbacks: list[Callback] = [keep]
     if execution.debug_dump is not None:

@@ -33,6 +33,15 @@ def test_pieces_are_as_many_of_each_domain_begin_at_paragraphs_and_hold_no_separ
     assert len(set(found)) == 6
 
 
+def test_results_of_another_text_are_not_mixed_in(corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    for _ in range(2):
+        yardstick.settle(text, "one")
+    with pytest.raises(SystemExit, match="give another --work"):
+        yardstick.settle(text, "two")
+    assert text.read_text() == "one"
+
+
 def test_the_mixture_takes_domains_in_turn_and_is_the_same_every_time(corpus: Path) -> None:
     found = yardstick.mixture(corpus, each=3)
     assert [document.split()[0] for document in found] == ["ONE", "TWO"] * 3

@@ -19,6 +19,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import pack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
+from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import drop_weights, selected
 from hikui.passes.measure.footprint import Footprint, estimate, refuse_what_cannot_fit, value_nbytes
@@ -62,8 +63,8 @@ class Distil(Pass):
     name: ClassVar[str] = "distil"
     calibrates: ClassVar[bool] = True
     epochs: int = 1
-    lr: float = 0.001
-    batch: int = 2
+    lr: float = 0.002
+    batch: int = 4
     vectors: bool = True
     activation_bits: int = 0
     sites: str = ""
@@ -110,10 +111,21 @@ class Distil(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Learns on all blocks at once; codes, one byte a weight, stay in memory.
 
+        Text of a single window is not enough to learn from some and be judged by others: then nothing is learned, and
+        a warning says so.
+
         Raises:
-            HikuiError: there is no calibration text or too little, or not enough memory.
+            HikuiError: there is no calibration text, or not enough memory.
         """
         if not self.chosen(program):
+            return PassResult(program, False)
+        if context.calibration is None:
+            raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
+        if len(context.calibration.chunks) < 2:
+            context.warn(
+                "The calibration text gives one window, and distil learns from some and is judged by others, so it has "
+                "left scales and norms as they were; give a longer text."
+            )
             return PassResult(program, False)
         with Workers(context.workers) as workers:
             best, notes = _Distillation(self, program, context, workers).run()
@@ -147,14 +159,8 @@ class _Distillation:
     """One run of the pass; the program is only read."""
 
     def __init__(self, options: Distil, program: Program, context: PassContext, workers: Workers) -> None:
-        if context.calibration is None:
-            raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
+        assert context.calibration is not None, "it was looked at before"
         texts = list(context.calibration.chunks)
-        if len(texts) < 2:
-            raise HikuiError(
-                "It learns from some texts and is judged by others, and the calibration text gives one window; give a "
-                "longer text, or set calibration.samples to 2 or more."
-            )
         self._options, self._program, self._context, self._workers = options, program, context, workers
         self._texts = texts
         self._judging = range(0, len(texts), _HELD_OUT)
@@ -180,7 +186,9 @@ class _Distillation:
         ):
             stream = Stream(self._program, self._texts, self._workers, scratch=self._context.scratch, as_float=as_float)
             with stream:
-                stream.advance(span.nodes[0])
+                # Block by block, so that no more than one is in memory as floats.
+                for stop in (*(each.nodes[0] for each in parts.blocks[1:] if span is parts.head), span.nodes[0]):
+                    stream.advance(stop)
                 found.append(
                     [{node: stream.value(number, node) for node in read} for number in range(len(self._texts))]
                 )
@@ -213,6 +221,7 @@ class _Distillation:
             for group in optimiser.param_groups:
                 group["lr"] = options.lr * _height(step, steps)
             optimiser.step()
+            give_back()
             finished = step + 1
             if finished % _EVERY == 0 or finished == steps:
                 if (now := self._judge(theta)) < least:

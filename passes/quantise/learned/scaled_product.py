@@ -1,6 +1,5 @@
 """A product with an integer matrix whose scales gradients reach, and which is never kept as floats."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from hikui.lowering.formats import quantize_activation, unpack_codes, unpack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
+from hikui.passes.quantise.learned.block_training import Product
 
 
 class ScaledProduct:
@@ -36,7 +36,7 @@ class ScaledProduct:
         self._columns = k
         self._bits = activation_bits
 
-    def at(self, scale: Tensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    def at(self, scale: Tensor) -> Product:
         """The product of x, float32 [..., k], and a bias, float32 [n], with some scales: float32 [n, groups].
 
         Rounding x is passed straight through to its gradient (Bengio et al., 2013, arXiv 1308.3432).

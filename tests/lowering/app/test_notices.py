@@ -103,6 +103,16 @@ def test_too_little_calibration_text(tiny: Path, tmp_path: Path, hikui_command: 
     assert err.startswith("hikui: warning: ")
 
 
+def test_the_text_that_comes_with_hikui_is_not_called_too_short(tiny: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "greedy.yaml"
+    head = "schema: 1\nname: greedy\ncalibration: {samples: 100000, tokens: 64}\npasses: [canonicalise, "
+    recipe.write_text(head + "calibrate, dead_code]\n")
+    assert not any("too short" in sentence for sentence in said(Request(tiny, recipe)))
+    text = tmp_path / "hi.txt"
+    text.write_text("Hi")
+    assert any("too short" in sentence for sentence in said(Request(tiny, recipe, calibration=text)))
+
+
 def test_unknown_characters_are_said(tiny: Path, tmp_path: Path, hikui_command: Command) -> None:
     text = tmp_path / "text.txt"
     text.write_text("日本語 and more")
