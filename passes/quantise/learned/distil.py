@@ -22,7 +22,7 @@ from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import drop_weights, selected
-from hikui.passes.measure.footprint import Footprint, estimate, refuse_what_cannot_fit, value_nbytes
+from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.quantise.learned.end_to_end import EndToEnd, Learned, Sections, sections
 
 _LINEAR = torch.ops.hikui.linear.default
@@ -95,13 +95,7 @@ class Distil(Pass):
                     f"Site {node.meta.get(SITE, node.name)} came packed, or what it was packed from is gone, so there "
                     "is no float model to learn from; run distil on a float checkpoint, before `dead_code`."
                 )
-        parts = sections(program, chosen)
-        if not parts.head.nodes:
-            raise HikuiError(
-                f"The logits are made inside of {parts.blocks[-1].name}, and distil takes a model with a head behind "
-                "its blocks; leave the pass out."
-            )
-        for span in parts.blocks:
+        for span in sections(program, chosen).blocks:
             if (barrier := span.without_gradient) is not None:
                 raise HikuiError(
                     f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; "
@@ -111,13 +105,13 @@ class Distil(Pass):
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Learns on all blocks at once; codes, one byte a weight, stay in memory.
 
-        Text of a single window is not enough to learn from some and be judged by others: then nothing is learned, and
-        a warning says so.
+        Nothing is learned, and a warning says so, from text of a single window, which is not enough to learn from some
+        and be judged by others, and of a model that makes its logits inside of a block.
 
         Raises:
             HikuiError: there is no calibration text, or not enough memory.
         """
-        if not self.chosen(program):
+        if not (chosen := self.chosen(program)):
             return PassResult(program, False)
         if context.calibration is None:
             raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
@@ -127,8 +121,15 @@ class Distil(Pass):
                 "left scales and norms as they were; give a longer text."
             )
             return PassResult(program, False)
+        parts = sections(program, chosen)
+        if not parts.head.nodes:
+            context.warn(
+                f"The logits are made inside of {parts.blocks[-1].name}, and distil takes a model with a head behind "
+                "its blocks, so it has left scales and norms as they were."
+            )
+            return PassResult(program, False)
         with Workers(context.workers) as workers:
-            best, notes = _Distillation(self, program, context, workers).run()
+            best, notes = _Distillation(self, program, parts, context, workers).run()
         if best is None:
             return PassResult(program, False, notes)
         work = program.clone()
@@ -158,15 +159,16 @@ def _replace(work: Program, weight: fx.Node, tensor: Tensor) -> None:
 class _Distillation:
     """One run of the pass; the program is only read."""
 
-    def __init__(self, options: Distil, program: Program, context: PassContext, workers: Workers) -> None:
+    def __init__(
+        self, options: Distil, program: Program, parts: Sections, context: PassContext, workers: Workers
+    ) -> None:
         assert context.calibration is not None, "it was looked at before"
         texts = list(context.calibration.chunks)
         self._options, self._program, self._context, self._workers = options, program, context, workers
         self._texts = texts
         self._judging = range(0, len(texts), _HELD_OUT)
         self._learning = [number for number in range(len(texts)) if number % _HELD_OUT]
-        parts = sections(program, options.chosen(program))
-        footprint = _footprint(options, program, parts, texts, workers.count)
+        footprint = _footprint(parts, texts, workers.count)
         context.announce(f"{options.name} needs {footprint}")
         refuse_what_cannot_fit(footprint, context)
         self._whole = EndToEnd(program, parts, {text.shape[1] for text in texts}, options.activation_bits)
@@ -295,9 +297,10 @@ def _height(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(_WARM, steps)) * (1 + cos(pi * step / steps)) / 2
 
 
-def _footprint(options: Distil, program: Program, parts: Sections, texts: Sequence[Tensor], workers: int) -> Footprint:
+def _footprint(parts: Sections, texts: Sequence[Tensor], workers: int) -> Footprint:
     """What it needs at once: all codes, what is learned, the head twice, a block's values for each worker."""
-    base = estimate(program, [], texts, streams=2, matrices=0, spare=0, corrected=False, workers=workers)
+    # What the first block and the head read: one value a token each, as wide as what goes from block to block.
+    kept = 2 * sum(value_nbytes(node, text.shape[1]) for text in texts for node in parts.blocks[-1].outputs)
     widest = max(text.shape[1] for text in texts)
     weights = scales = block = 0
     for span in parts.blocks:
@@ -309,6 +312,6 @@ def _footprint(options: Distil, program: Program, parts: Sections, texts: Sequen
         block = max(block, 2 * values + 12 * largest)
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
     head = sum(8 * packed.rows * packed.columns for packed in map(PackedLinear.of, parts.head.sites))
-    peak = weights + (24 + 8 * workers) * scales + head + workers * (block + flowing) + base.activations
+    peak = weights + (24 + 8 * workers) * scales + head + workers * (block + flowing) + kept
     site = parts.blocks[0].sites[0] if parts.blocks[0].sites else parts.blocks[0].nodes[0]
-    return Footprint(peak, base.disk, str(site.meta.get(SITE, site.name)), 0, base.activations)
+    return Footprint(peak, 0, str(site.meta.get(SITE, site.name)), 0, kept)

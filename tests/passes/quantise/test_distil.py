@@ -224,6 +224,18 @@ def test_a_single_window_teaches_nothing() -> None:
     assert only.startswith("The calibration text gives one window, and distil learns from some")
 
 
+def test_logits_that_a_block_makes_teach_nothing() -> None:
+    headless, said = lower(from_text(HEADLESS, source="headless", seed=0), "rtn{group=32}"), list[str]()
+    (step,) = parse_pipeline("distil", PASSES)
+    step.requires(headless)
+    result = step.run(headless, PassContext(calibration(headless), warn=said.append))
+    assert not result.modified and result.program is headless
+    (only,) = said
+    assert only.startswith(
+        "The logits are made inside of block 0, and distil takes a model with a head behind its blocks"
+    )
+
+
 def test_workers_do_not_matter_and_runs_are_alike() -> None:
     before = rounded()
     one, two = distilled(before, workers=1), distilled(before, workers=2)
@@ -296,9 +308,6 @@ def test_refusals() -> None:
     partly = lower(canonical("llama"), "rtn{sites=mlp},activation,rtn")
     with pytest.raises(HikuiError, match="which gradients cannot pass; run distil before"):
         Distil().requires(partly)
-    headless = from_text(HEADLESS, source="headless", seed=0)
-    with pytest.raises(HikuiError, match="The logits are made inside of block 0"):
-        Distil().requires(lower(headless, "rtn{group=32}"))
 
 
 def test_infinite_numbers_are_refused() -> None:
