@@ -1,6 +1,7 @@
 """What every pass does to a graph: find nodes, put new ones in, leave the metadata right."""
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -173,7 +174,10 @@ def pattern(text: str, option: str) -> re.Pattern[str]:
         UsageError: the text is no regular expression.
     """
     try:
-        return re.compile(text)
+        with warnings.catch_warnings():
+            # What Python may come to read otherwise one day ("[[") is still an expression.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.compile(text)
     except re.error as error:
         raise UsageError(f"Option '{option}' is '{text}', which is not a regular expression: {error}.") from error
 

@@ -107,8 +107,9 @@ class _InProcess:
         """Nothing reads beyond the tokens that the cache holds."""
 
     def forward(self, tokens: npt.NDArray[np.int64], past: int) -> npt.NDArray[np.float32]:
-        step = tvm_ffi.from_dlpack(np.array(tokens[None], dtype=np.int64))
-        before = tvm_ffi.from_dlpack(np.array([past], dtype=np.int64))
+        step, before = (
+            tvm_ffi.from_dlpack(_aligned(np.asarray(values, np.int64))) for values in (tokens[None], np.array([past]))
+        )
         try:
             logits = np.from_dlpack(self._main(step, before, *self._caches, self._weights))
         except (RuntimeError, TypeError, ValueError, AttributeError, BufferError) as error:
@@ -133,6 +134,15 @@ def _load_runtime() -> None:
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     library = metadata.distribution("apache-tvm").locate_file("tvm/lib/libtvm_runtime.so")
     ctypes.CDLL(str(library), mode=os.RTLD_GLOBAL)
+
+
+def _aligned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy that begins where compiled code may load whole vectors: code that computes on ids does."""
+    buffer = np.empty(values.nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    held = buffer[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    held[...] = values
+    return held
 
 
 def _aligned_zeros(tensor: CacheTensor) -> npt.NDArray[Any]:

@@ -6,6 +6,7 @@ A recipe is a YAML file. One pydantic model stands behind the file, the Python A
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
@@ -30,7 +31,10 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 def _pattern(text: str) -> str:
     try:
-        re.compile(text)
+        with warnings.catch_warnings():
+            # What Python may come to read otherwise one day ("[[") is still an expression.
+            warnings.simplefilter("ignore", FutureWarning)
+            re.compile(text)
     except re.error as error:
         raise ValueError(f"'{text}' is not a regular expression ({error})") from None
     return text

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from hikui.backends.tvm import TvmBackend, TvmRunner
+from hikui.backends.tvm.index import ALIGNMENT
 from hikui.backends.tvm.module import relax_module
+from hikui.backends.tvm.runner import _aligned
 from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.interpreter import ReferenceRunner
@@ -68,6 +70,14 @@ def test_torchs_meaning_is_kept(lines: tuple[str, ...], tmp_path: Path) -> None:
         np.testing.assert_allclose(runner.forward(tokens, 0), expected, rtol=1e-5, atol=1e-6)
     finally:
         runner.close()
+
+
+def test_ids_begin_where_compiled_code_may_load_vectors() -> None:
+    for count in range(1, 20):
+        ids = np.arange(count + 1)[1:]
+        held = _aligned(ids)
+        assert held.ctypes.data % ALIGNMENT == 0
+        np.testing.assert_array_equal(held, ids)
 
 
 def test_an_error_of_tvm_names_the_node_and_the_way_out() -> None:

@@ -171,8 +171,15 @@ class Engine {
     Value tokens_tensor, past_tensor;
     DLDataType int64 = {kDLInt, 64, 1};
     int64_t tokens_shape[] = {1, count}, past_shape[] = {1};
-    WrapTensor(tokens, int64, tokens_shape, 2, &tokens_tensor);
-    WrapTensor(&past, int64, past_shape, 1, &past_tensor);
+    // Compiled code may load its arguments as what begins at 64 bytes, and a part of a prompt need not.
+    constexpr size_t kAligned = 64 / sizeof(int64_t);
+    arguments_held_.Zeros(static_cast<size_t>(count) + 2 * kAligned);
+    int64_t* held = arguments_held_.data();
+    held += (64 - reinterpret_cast<uintptr_t>(held) % 64) % 64 / sizeof(int64_t);
+    held[0] = past;
+    memcpy(held + kAligned, tokens, static_cast<size_t>(count) * sizeof(int64_t));
+    WrapTensor(held + kAligned, int64, tokens_shape, 2, &tokens_tensor);
+    WrapTensor(held, int64, past_shape, 1, &past_tensor);
     arguments_[0] = tokens_tensor.any();
     arguments_[1] = past_tensor.any();
     Call("running the model", main_.object(), arguments_.data(), arguments_.size(), &logits_);
@@ -245,6 +252,7 @@ class Engine {
   }
 
   const Index* index_ = nullptr;
+  Array<int64_t> arguments_held_;
   MappedFile weights_file_;
   Value weights_, main_, logits_;
   Array<TVMFFIAny> arguments_;  // tokens, past, the caches, the weights

@@ -2,11 +2,13 @@
 
 import pytest
 
+from hikui.lowering.app.request import available_passes
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir.program import FIXED, FORMAT, SITE, Program
 from hikui.lowering.pipeline.contract import PassContext
+from hikui.lowering.pipeline.recipe import parse
 from hikui.passes import Override
-from hikui.passes.graph import sites
+from hikui.passes.graph import pattern, sites
 from tests.passes.helpers import assert_settled, canonical, lower, program_of, random
 
 Q = [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]
@@ -77,3 +79,10 @@ def test_what_is_refused() -> None:
     for required in (True, False):
         with pytest.raises(HikuiError, match="No linear site is named; run `canonicalise` first"):
             Override(required=required).requires(unnamed)
+
+
+def test_an_expression_that_python_may_read_otherwise_one_day_is_taken_without_a_word() -> None:
+    assert pattern("[[a]", "sites").pattern == "[[a]"
+    overrides = "overrides: {'[[a]': int8-g64}\n"
+    recipe = parse(f"schema: 1\nname: a\n{overrides}passes: [canonicalise]\n", "a.yaml", available_passes())
+    assert list(recipe.overrides) == ["[[a]"]
