@@ -74,7 +74,7 @@ def chat(folder: Path) -> None:
     if path is None:
         print("\nA real chat model of 135 million parameters: `hikui fetch smollm2`, then `make demo` again.")
         return
-    print(f"\n{SMOLLM2.name}, {RECIPE}: some minutes. {QUESTION}", flush=True)
+    print(f"\n{SMOLLM2.name}, {RECIPE}: about a quarter of an hour on two cores. {QUESTION}", flush=True)
     start = time.perf_counter()
     prepared = prepare(Request(path, RECIPE, context=CHAT_CONTEXT))
     tokenizer = prepared.program.tokenizer
