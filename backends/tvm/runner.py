@@ -15,7 +15,6 @@ from hikui.backends.tvm.index import ALIGNMENT, INDEX, LIBRARY, Index, map_param
 from hikui.backends.tvm.native.board import Board, BoardRunner
 from hikui.lowering.artefact.target import core_count, cpu_features
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.cache_shape import CacheTensor
 from hikui.lowering.ir.steps import check_ids, check_length
 
 if TYPE_CHECKING:
@@ -97,7 +96,9 @@ class _InProcess:
         self._weights: Any = tvm_ffi.Array(_map_weights(directory, index))
         tensors = [tensor for cache in index.caches for tensor in cache.tensors(index.context_length)]
         try:
-            self._caches = [tvm_ffi.from_dlpack(_aligned_zeros(tensor)) for tensor in tensors]
+            self._caches = [
+                tvm_ffi.from_dlpack(_aligned_zeros(each.nbytes, each.dtype, each.shape)) for each in tensors
+            ]
         except MemoryError:
             total = sum(tensor.nbytes for tensor in tensors)
             raise HikuiError(f"There is no memory for the caches of {directory}, {total} bytes.") from None
@@ -138,17 +139,15 @@ def _load_runtime() -> None:
 
 def _aligned(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """A copy that begins where compiled code may load whole vectors: code that computes on ids does."""
-    buffer = np.empty(values.nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    held = buffer[start : start + values.nbytes].view(values.dtype).reshape(values.shape)
+    held = _aligned_zeros(values.nbytes, values.dtype, values.shape)
     held[...] = values
     return held
 
 
-def _aligned_zeros(tensor: CacheTensor) -> npt.NDArray[Any]:
-    buffer = np.zeros(tensor.nbytes + ALIGNMENT, np.uint8)
+def _aligned_zeros(nbytes: int, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    buffer = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _map_weights(directory: Path, index: Index) -> list[Any]:

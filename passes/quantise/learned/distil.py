@@ -176,8 +176,8 @@ class _Distillation:
         self._inputs, self._targets = self._starts(parts)
         self._sites = list(self._whole.products)
         self._stored = {vector: program.store.load(program.weight_of(vector)) for vector in self._whole.vectors}
-        sizes = [*(self._whole.products[site].scale.numel() for site in self._sites)]
-        self._sizes = [*sizes, *(self._stored[vector].numel() for vector in self._vectors)]
+        sizes = [self._whole.products[site].scale.numel() for site in self._sites]
+        self._sizes = sizes + [self._stored[vector].numel() for vector in self._vectors]
 
     def _starts(self, parts: Sections) -> tuple[list[dict[fx.Node, Tensor]], list[dict[fx.Node, Tensor]]]:
         """For each text what the first block reads, and what the head reads in the float model."""
