@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.pipeline.contract import Pass
 from hikui.passes.measure.calibrate import Calibrate
+from hikui.passes.measure.guide import Guide
 from hikui.passes.precision.assign import Assign
 from hikui.passes.precision.mixed import Mixed
 from hikui.passes.precision.override import Override
@@ -47,6 +48,7 @@ __all__ = [
     "Embedding",
     "Fuse",
     "Gptq",
+    "Guide",
     "Hqq",
     "KvCache",
     "LearnedClip",
@@ -66,6 +68,7 @@ __all__ = [
 PASSES: tuple[type[Pass], ...] = (
     Canonicalise,
     Rotate,
+    Guide,
     Calibrate,
     Smooth,
     Awq,

@@ -1,7 +1,6 @@
 """What every pass does to a graph: find nodes, put new ones in, leave the metadata right."""
 
 import re
-import warnings
 from collections.abc import Iterator
 from typing import TypeGuard
 
@@ -9,6 +8,7 @@ import torch
 from torch import fx
 
 from hikui.lowering.errors import UsageError
+from hikui.lowering.expressions import compiled
 from hikui.lowering.ir.program import (
     BLOCK,
     CORRECTION,
@@ -133,6 +133,11 @@ def float_sites(program: Program) -> list[fx.Node]:
     return [node for node in sites(program) if node.target is aten.linear.default]
 
 
+def is_measured(node: fx.Node) -> bool:
+    """Whether `calibrate` has seen what a site reads; weights of tokens alone say nothing of its columns."""
+    return "mean_square" in node.meta.get(STATISTICS, {})
+
+
 def groups(nodes: list[fx.Node]) -> dict[str, list[fx.Node]]:
     """Sites by the name of their tied group, in graph order."""
     out: dict[str, list[fx.Node]] = {}
@@ -174,10 +179,7 @@ def pattern(text: str, option: str) -> re.Pattern[str]:
         UsageError: the text is no regular expression.
     """
     try:
-        with warnings.catch_warnings():
-            # What Python may come to read otherwise one day ("[[") is still an expression.
-            warnings.simplefilter("ignore", FutureWarning)
-            return re.compile(text)
+        return compiled(text)
     except re.error as error:
         raise UsageError(f"Option '{option}' is '{text}', which is not a regular expression: {error}.") from error
 

@@ -216,11 +216,7 @@ class Stream:
     def _matrix(self, node: fx.Node) -> Tensor:
         """The matrix that a packed site multiplies with, float32 [n, k]."""
         store, packed = self.program.store, PackedLinear.of(node)
-        key = node.meta.get(FLOAT_WEIGHT)
-        if self._as_float and key is not None:
-            order, weight = packed.column_order(store), store.load(str(key))
-            return weight if order is None else weight[:, order]
-        return packed.dense(store)
+        return packed.unrounded(store) if self._as_float and FLOAT_WEIGHT in node.meta else packed.dense(store)
 
     def _run(
         self, stage: _Stage, values: dict[str, object], beside: Mapping[str, object], watched: Mapping[str, object]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hikui.lowering import formats
 from hikui.lowering.formats import ROWS, SUM_WIDTH, Format
+from hikui.lowering.ir.attention import attend
 
 NAMESPACE = "hikui"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -221,9 +222,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     keys, values = _cache_update(key_cache, k, past), _cache_update(value_cache, v, past)
     repeat, mask = q.shape[1] // k.shape[1], _causal_mask(past, q.shape[2], key_cache.shape[2])
-    out = F.scaled_dot_product_attention(
-        q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), attn_mask=mask, scale=scale
-    )
+    out = attend(q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), mask, scale=scale)
     return out.contiguous(), keys, values
 
 
@@ -240,9 +239,7 @@ def _attention_quantized(
     keys, key_cache, key_scale = _cache_update_quantized(key_cache, key_scale, k, past)
     values, value_cache, value_scale = _cache_update_quantized(value_cache, value_scale, v, past)
     repeat, mask = q.shape[1] // k.shape[1], _causal_mask(past, q.shape[2], keys.shape[2])
-    out = F.scaled_dot_product_attention(
-        q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), attn_mask=mask, scale=scale
-    )
+    out = attend(q, keys.repeat_interleave(repeat, 1), values.repeat_interleave(repeat, 1), mask, scale=scale)
     return out.contiguous(), key_cache, value_cache, key_scale, value_scale
 
 

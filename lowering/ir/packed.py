@@ -15,7 +15,7 @@ from torch import Tensor, fx
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops)
 from hikui.lowering.errors import UsageError, VerificationError
 from hikui.lowering.formats import ROWS, Format, unpack
-from hikui.lowering.ir.program import WEIGHT, Program
+from hikui.lowering.ir.program import FLOAT_WEIGHT, WEIGHT, Program
 from hikui.lowering.ir.store import WeightStore
 
 PACKED_OPS: tuple[Any, ...] = (
@@ -154,6 +154,11 @@ class PackedLinear:
         """The order in which the columns stand: int64 [k], or None where they stand as in the checkpoint."""
         held = self.order
         return None if held is None else store.load(Program.weight_of(held)).long()
+
+    def unrounded(self, store: WeightStore) -> Tensor:
+        """What it was packed from, its columns as stored: float32 [n, k]; the site must still name it."""
+        order, matrix = self.column_order(store), store.load(str(self.node.meta[FLOAT_WEIGHT])).float()
+        return matrix if order is None else matrix[:, order]
 
     def dense(self, store: WeightStore) -> Tensor:
         """The matrix that activations are multiplied with, its branch added, columns as stored: float32 [n, k]."""

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the hikui ops that graphs hold)
 from hikui.lowering.errors import VerificationError
 from hikui.lowering.huggingface.tokenizer import ModelTokenizer
+from hikui.lowering.ir.attention import attend
 from hikui.lowering.ir.cache_shape import FLOAT_CACHE, CacheShape, CacheTensor
 from hikui.lowering.ir.store import WeightStore
 
@@ -49,6 +50,8 @@ ROTATED = "hikui.rotated"
 FLOAT_WEIGHT = "hikui.float_weight"
 BRANCH = "hikui.branch"
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
 
 def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tuple[Any, ...], object]:
     """Calls a node's target on the values of its operands; returns the evaluated arguments and the result."""
@@ -56,7 +59,9 @@ def evaluate(node: fx.Node, value_of: Callable[[fx.Node], object]) -> tuple[tupl
     operands: Any = (node.args, node.kwargs)
     args, kwargs = fx.node.map_arg(operands, lookup)
     assert callable(node.target), f"{node.name} is not a call"
-    return args, node.target(*args, **kwargs)
+    # What is fake has a shape alone, and no mask to look at.
+    eager = node.target is _ATTENTION and not isinstance(args[0], FakeTensor)
+    return args, attend(*args, **kwargs) if eager else node.target(*args, **kwargs)
 
 
 def infer(node: fx.Node, mode: FakeTensorMode) -> None:

@@ -142,8 +142,9 @@ _STATISTICS: Mapping[str, tuple[float, float]] = {
     "tokens": (64.0, 64.0),
     "gram": (0.0, 0.0),
     "sample": (-1.0, 1.0),
+    "token_weight": (0.5, 1.5),
 }
-"""Bounds of what `calibrate` would have measured."""
+"""Bounds of what `calibrate` and `guide` would have measured."""
 
 
 def _statistic(kind: str, info: TensorInfo, generator: torch.Generator) -> Tensor:

@@ -6,7 +6,6 @@ A recipe is a YAML file. One pydantic model stands behind the file, the Python A
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
@@ -15,6 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from hikui.lowering.errors import UsageError, did_you_mean
+from hikui.lowering.expressions import compiled
 from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.contract import Pass
 from hikui.lowering.pipeline.text import make_pass
@@ -31,10 +31,7 @@ _STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 def _pattern(text: str) -> str:
     try:
-        with warnings.catch_warnings():
-            # What Python may come to read otherwise one day ("[[") is still an expression.
-            warnings.simplefilter("ignore", FutureWarning)
-            re.compile(text)
+        compiled(text)
     except re.error as error:
         raise ValueError(f"'{text}' is not a regular expression ({error})") from None
     return text

@@ -15,8 +15,8 @@ from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorSource
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import blocks, float_sites, groups, matrix_shape
-from hikui.passes.measure.evidence import SAMPLE, Sums
+from hikui.passes.graph import blocks, float_sites, groups, is_measured, matrix_shape
+from hikui.passes.measure.evidence import SAMPLE, TOKEN_WEIGHT, Sums, token_weights
 from hikui.passes.measure.footprint import estimate
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 
@@ -29,7 +29,8 @@ class Calibrate(Pass):
 
     Tied sites share one set of statistics, kept in the store under `statistics/<group>/…`: `mean_square`, `max_abs` and
     `mean_abs` float32 [K], `tokens` int64 []; with `gram` also `gram` float32 [K, K], summed in float64, and `sample`
-    float32 [tokens, K], the activation of up to 512 evenly spaced tokens.
+    float32 [tokens, K], the activation of up to 512 evenly spaced tokens. Where `guide` has weighed the tokens, `gram`
+    is E[w·x·xᵀ].
 
     Attributes:
         gram: also measure E[x·xᵀ] and keep a sample, which the whitened branch and the exact output error need;
@@ -59,7 +60,7 @@ class Calibrate(Pass):
     def ensures(self, program: Program) -> None:
         """Every unpacked site has statistics."""
         for node in float_sites(program):
-            if STATISTICS not in node.meta:
+            if not is_measured(node):
                 raise VerificationError(f"Site {node.meta[SITE]} was not measured.")
 
 
@@ -125,7 +126,8 @@ class _Measuring(ResumableTraversal):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                sums.append(Sums(x.shape[-1], self._wanted, self._workers))
+                weights = token_weights(self._work, members[0], self._texts)
+                sums.append(Sums(x.shape[-1], self._wanted, self._workers, weights))
             sums[0].add(x)
 
         stream.advance(members[0], {members[0]: observe})
@@ -154,5 +156,7 @@ class _Measuring(ResumableTraversal):
             else:
                 store.put(key, tensor)
         for node in members:
-            self._new |= node.meta.get(STATISTICS) != keys
-            node.meta[STATISTICS] = dict(keys)
+            held = node.meta.get(STATISTICS, {})
+            now = keys | {kind: key for kind, key in held.items() if kind == TOKEN_WEIGHT}
+            self._new |= held != now
+            node.meta[STATISTICS] = now

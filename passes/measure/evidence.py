@@ -1,13 +1,14 @@
 """What is known of the activations that a site reads."""
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
-from hikui.lowering.ir.program import STATISTICS, Program
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.passes.measure import linalg
 
 
@@ -21,7 +22,7 @@ class Evidence:
         mean_square: float32 [k], E[x²].
         max_abs: float32 [k], max|x|.
         mean_abs: float32 [k], E|x|.
-        gram: float64 [k, k], E[x·xᵀ].
+        gram: float64 [k, k], E[x·xᵀ], or E[w·x·xᵀ] with the weights of tokens.
         sample: float32 [tokens, k], x itself of evenly spaced tokens.
     """
 
@@ -71,6 +72,27 @@ def _own(kind: str, tensor: Tensor) -> Tensor:
     return tensor.to(torch.float64, copy=True) if kind == "gram" else tensor
 
 
+TOKEN_WEIGHT = "token_weight"
+"""The statistic of how much each token of the calibration text counts: float32 [tokens of all texts], mean 1."""
+
+
+def token_weights(program: Program, node: fx.Node, texts: Sequence[Tensor]) -> Tensor | None:
+    """What `guide` has found for a site, or None where all tokens count alike.
+
+    Raises:
+        HikuiError: it was found on another text.
+    """
+    if (key := node.meta.get(STATISTICS, {}).get(TOKEN_WEIGHT)) is None:
+        return None
+    weights, tokens = program.store.load(key), sum(text.shape[1] for text in texts)
+    if len(weights) != tokens:
+        raise HikuiError(
+            f"Site {node.meta[SITE]} has weights for {len(weights)} tokens, and the calibration text has {tokens}; run "
+            "`guide` on the same text."
+        )
+    return weights
+
+
 _BATCH = 1024
 """Tokens whose outer products are added up in float32 before the sum goes to the float64 matrices."""
 
@@ -110,12 +132,16 @@ class Sums:
     Args:
         width: K.
         wanted: what `evidence` will be asked for.
-        cross: also sum (x − x̂)·x̂ᵀ.
         workers: share the tiles of the large matrices.
+        weights: float32 [tokens], of all that will be seen, for outer products; None where they count alike.
+        cross: also sum (x − x̂)·x̂ᵀ.
     """
 
-    def __init__(self, width: int, wanted: Set[str], workers: Workers, *, cross: bool = False) -> None:
+    def __init__(
+        self, width: int, wanted: Set[str], workers: Workers, weights: Tensor | None = None, *, cross: bool = False
+    ) -> None:
         self.tokens = 0
+        self._roots = None if weights is None else weights.sqrt().unsqueeze(-1)
         self._workers = workers
         self._squares = torch.zeros(width, dtype=torch.float64)
         self._magnitudes = torch.zeros(width, dtype=torch.float64)
@@ -134,6 +160,7 @@ class Sums:
     def add(self, x: Tensor, reference: Tensor | None = None) -> None:
         """Adds one text: x float32 [..., k], and for the cross term what x is in the float model."""
         rows = x.reshape(-1, x.shape[-1])
+        seen = slice(self.tokens, self.tokens + rows.shape[0])
         self.tokens += rows.shape[0]
         magnitudes = rows.abs()
         self._squares += rows.double().square().sum(0)
@@ -146,6 +173,9 @@ class Sums:
             if self._cross is not None:
                 assert reference is not None, "the cross term compares with the float model"
                 difference = reference.reshape(rows.shape) - rows
+            if self._roots is not None:
+                rows = rows * self._roots[seen]
+                difference = None if difference is None else difference * self._roots[seen]
             self._waiting.append((rows, difference))
             if sum(waiting.shape[0] for waiting, _ in self._waiting) >= _BATCH:
                 self._multiply()

@@ -11,7 +11,7 @@ from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorSource, WeightStore
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import blocks, float_sites, weight_of
+from hikui.passes.graph import blocks, float_sites, is_measured, weight_of
 from hikui.passes.matrices import finite_rows, row_parts
 from hikui.passes.precision.candidates import parse_formats
 from hikui.passes.quantise.columns import mixed_order, require_mixable
@@ -49,7 +49,7 @@ class Sensitivity(Pass):
                 require_mixable(found, fmt)
         if self.metric != "weight":
             for node in found:
-                if STATISTICS not in node.meta:
+                if not is_measured(node):
                     raise HikuiError(
                         f"Site {node.meta[SITE]} has no statistics; run `calibrate` first, or choose metric=weight."
                     )

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import GROUP, SITE, STATISTICS, Program
-from hikui.passes.graph import aten, insert, matrix_shape, weight_of
+from hikui.passes.graph import aten, insert, is_measured, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite, row_parts
 
 
@@ -54,7 +54,7 @@ def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
         site, (_, k) = node.meta[SITE], matrix_shape(node)
         if fmt.columns is not None and fmt.columns > k:
             raise HikuiError(f"Site {site} has {k} columns, fewer than the int4 ones of {fmt}; choose another format.")
-        if STATISTICS not in node.meta:
+        if not is_measured(node):
             raise HikuiError(
                 f"Site {site} has no statistics to choose the int4 columns of {fmt} by; run `calibrate` first."
             )

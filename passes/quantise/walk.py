@@ -17,7 +17,7 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import CORRECTION, SITE, Program
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.passes.graph import blocks
-from hikui.passes.measure.evidence import Sums
+from hikui.passes.measure.evidence import Sums, token_weights
 from hikui.passes.measure.footprint import estimate
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 from hikui.passes.quantise.correction import correct
@@ -111,7 +111,9 @@ class Walk(ResumableTraversal, Generic[Prepared]):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                sums.append(Sums(x.shape[-1], self._rounder.wants(), self._workers, cross=bool(corrected)))
+                weights = token_weights(self._work, first, self._texts)
+                wanted, cross = self._rounder.wants(), bool(corrected)
+                sums.append(Sums(x.shape[-1], wanted, self._workers, weights, cross=cross))
             reference = float_stream.value(number, source) if corrected and float_stream is not None else None
             sums[0].add(x, reference)
 

@@ -21,6 +21,7 @@ from hikui.passes.graph import (
     hikui,
     insert,
     is_call,
+    is_measured,
     selected,
     sites,
 )
@@ -66,7 +67,7 @@ class SubBranch(Pass):
                     f"Site {node.meta[SITE]} has lost its float weights; run `sub_branch` after `rtn` and before "
                     "`dead_code`."
                 )
-            if STATISTICS not in node.meta:
+            if not is_measured(node):
                 raise HikuiError(f"Site {node.meta[SITE]} has no statistics; run `calibrate` before `rtn`.")
 
     def _chosen(self, program: Program) -> list[fx.Node]:
@@ -129,11 +130,8 @@ def _has_branch(node: fx.Node) -> bool:
 
 def _residual(program: Program, node: fx.Node) -> Tensor:
     """W − Ŵ in float64, [n, k]."""
-    weight = program.store.load(node.meta[FLOAT_WEIGHT]).double()
     packed = PackedLinear.of(node)
-    order = packed.column_order(program.store)
-    weight = weight if order is None else weight[:, order]
-    return weight - packed.dense(program.store).double()
+    return packed.unrounded(program.store).double() - packed.dense(program.store).double()
 
 
 def _covariance(program: Program, node: fx.Node) -> Tensor:

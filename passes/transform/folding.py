@@ -18,10 +18,11 @@ from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.ir.store import TensorInfo, TensorSource
 from hikui.passes.graph import argument, aten, drop_weights, is_call, is_weight, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite, row_parts
+from hikui.passes.measure.evidence import TOKEN_WEIGHT
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.passing import Labels, carriers, is_cache, is_view
 
-_POWERS = {"mean_square": 2, "max_abs": 1, "mean_abs": 1, "sample": 1, "tokens": 0}
+_POWERS = {"mean_square": 2, "max_abs": 1, "mean_abs": 1, "sample": 1, "tokens": 0, TOKEN_WEIGHT: 0}
 """With which power of the factor a statistic shrinks."""
 
 

@@ -16,6 +16,7 @@ from tests.passes.helpers import calibration, lower, traced
 AFTER = {
     "canonicalise": "",
     "rotate": "canonicalise",
+    "guide": "canonicalise",
     "calibrate{gram=true}": "canonicalise",
     "smooth": "canonicalise,calibrate",
     "awq": "canonicalise,calibrate{gram=true}",

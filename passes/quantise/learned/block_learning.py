@@ -13,7 +13,7 @@ from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import SITE, Program
-from hikui.passes.quantise.learned.block_training import BlockSpan, TrainingBlock, multiply_by
+from hikui.passes.gradients.block_training import BlockSpan, TrainingBlock, multiply_by
 from hikui.passes.quantise.learned.learned_scales import LearnedScales
 
 _EPSILON = 1e-12

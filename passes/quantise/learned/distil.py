@@ -21,9 +21,10 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
+from hikui.passes.gradients.chain import Learned, Sections, require_gradients, sections
 from hikui.passes.graph import drop_weights, selected
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
-from hikui.passes.quantise.learned.end_to_end import EndToEnd, Learned, Sections, sections
+from hikui.passes.quantise.learned.end_to_end import EndToEnd
 
 _LINEAR = torch.ops.hikui.linear.default
 
@@ -95,12 +96,7 @@ class Distil(Pass):
                     f"Site {node.meta.get(SITE, node.name)} came packed, or what it was packed from is gone, so there "
                     "is no float model to learn from; run distil on a float checkpoint, before `dead_code`."
                 )
-        for span in sections(program, chosen).blocks:
-            if (barrier := span.without_gradient) is not None:
-                raise HikuiError(
-                    f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; "
-                    "run distil before `activation` and `fuse`."
-                )
+        require_gradients(sections(program, chosen), self.name)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Learns on all blocks at once; codes, one byte a weight, stay in memory.

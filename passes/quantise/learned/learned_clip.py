@@ -19,13 +19,13 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, Packed, pack
 from hikui.lowering.ir.program import CORRECTION, SITE, WEIGHT, Program
 from hikui.lowering.pipeline.contract import PassContext, PassResult
+from hikui.passes.gradients.block_training import BlockSpan, spans
 from hikui.passes.graph import blocks, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite
 from hikui.passes.measure.footprint import Footprint, estimate, value_nbytes
 from hikui.passes.measure.resumable_traversal import ResumableTraversal
 from hikui.passes.quantise.columns import Orders
 from hikui.passes.quantise.learned.block_learning import BlockLearning, Schedule
-from hikui.passes.quantise.learned.block_training import BlockSpan, spans
 from hikui.passes.quantise.learned.learned_scales import LearnedScales
 from hikui.passes.quantise.packer import Packer
 from hikui.passes.quantise.packing import replace_with_packed

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from hikui.lowering.formats import quantize_activation, unpack_codes, unpack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
-from hikui.passes.quantise.learned.block_training import Product
+from hikui.passes.gradients.block_training import Product
 
 
 class ScaledProduct:

@@ -84,12 +84,16 @@ def test_permuted_evidence_is_ones_own_and_has_every_column_in_its_place(kind: t
 
 @pytest.mark.parametrize("batch", [1, 4, 9, 1024])
 @pytest.mark.parametrize("cross", [False, True])
-def test_sums_are_the_means_over_all_tokens(batch: int, cross: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weighed", [False, True])
+def test_sums_are_the_means_over_all_tokens(
+    batch: int, cross: bool, weighed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_BATCH", batch)
     texts = [random(1, length, K, seed=length) for length in (4, 1, 9)]
     references = [text + random(*text.shape, seed=99) for text in texts]
     with Workers(1) as workers:
-        sums = Sums(K, EVERY, workers, cross=cross)
+        weights = random(14, seed=3).square() if weighed else None
+        sums = Sums(K, EVERY, workers, weights, cross=cross)
         for text, reference in zip(texts, references, strict=True):
             sums.add(text, reference if cross else None)
         found = sums.evidence()
@@ -101,13 +105,14 @@ def test_sums_are_the_means_over_all_tokens(batch: int, cross: bool, monkeypatch
         torch.testing.assert_close(getattr(found, name).double(), due, rtol=2**-23, atol=0)
     assert found.gram is not None and found.gram.dtype == torch.float64
     # Products of a batch are added up in float32: at most 14 of them.
-    size = float(x.square().sum(0).max()) / 14
-    torch.testing.assert_close(found.gram, x.t() @ x / 14, rtol=0, atol=14 * 2**-24 * size)
+    w = torch.ones(14, 1).double() if weights is None else weights.double().unsqueeze(-1)
+    size = float((w * x.square()).sum(0).max()) / 14
+    torch.testing.assert_close(found.gram, (w * x).t() @ x / 14, rtol=0, atol=16 * 2**-24 * size)
     assert torch.equal(found.gram, found.gram.t())
     if cross:
         difference = float_x - x
-        bound = 16 * 2**-24 * float(difference.abs().t().mm(x.abs()).max()) / 14
-        torch.testing.assert_close(sums.cross(), difference.t() @ x / 14, rtol=0, atol=bound)
+        bound = 18 * 2**-24 * float(difference.abs().t().mm(w * x.abs()).max()) / 14
+        torch.testing.assert_close(sums.cross(), difference.t() @ (w * x) / 14, rtol=0, atol=bound)
         with pytest.raises(AssertionError, match="it was asked for"):
             sums.cross()
 

@@ -21,8 +21,9 @@ from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import FAMILIES
 from hikui.passes import PASSES, Distil
-from hikui.passes.quantise.learned import end_to_end
-from hikui.passes.quantise.learned.end_to_end import EndToEnd, Learned, sections
+from hikui.passes.gradients import chain
+from hikui.passes.gradients.chain import Learned, sections
+from hikui.passes.quantise.learned.end_to_end import EndToEnd
 from hikui.passes.quantise.learned.scaled_product import ScaledProduct
 from tests.passes.helpers import calibration, canonical, lower, random
 
@@ -125,7 +126,7 @@ def log_probabilities(program: Program, text: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_divergence_is_that_of_the_interpreter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # A text of several parts for the head, and a remainder.
-    monkeypatch.setattr(end_to_end, "_TOKENS", 16)
+    monkeypatch.setattr(chain, "_TOKENS", 16)
     exact, program = canonical(family), rounded(family)
     (text,) = calibration(program, 1, 37).chunks
     wanted, given = log_probabilities(exact, text), log_probabilities(program, text)

@@ -21,9 +21,9 @@ from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import FAMILIES
 from hikui.passes import PASSES, LearnedClip
+from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, multiply_by, spans
 from hikui.passes.graph import float_sites, sites, weight_of
 from hikui.passes.quantise.learned.block_learning import BlockLearning
-from hikui.passes.quantise.learned.block_training import BlockSpan, Product, TrainingBlock, multiply_by, spans
 from hikui.passes.quantise.learned.learned_scales import START, LearnedScales
 from hikui.passes.quantise.rounding import round_matrix
 from tests.passes.helpers import assert_settled, calibration, canonical, check, lower, random

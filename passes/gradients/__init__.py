@@ -1,0 +1,1 @@
+"""The graph's own nodes as functions that gradients flow through."""

@@ -1,0 +1,211 @@
+"""A model as a chain of blocks with a head behind them, which gradients go back through one block at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.packed import is_packed
+from hikui.lowering.ir.program import BLOCK, Program
+from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, text_dependent
+from hikui.passes.graph import block_segments
+
+_TOKENS = 64
+"""Tokens whose logits are made at a time: those of a whole text of a large vocabulary would take gigabytes."""
+
+
+class Sections(NamedTuple):
+    """The calls of a program that depend on its text, from the first block on.
+
+    Attributes:
+        blocks: each with what belongs to no block behind it; what is before the first is left out.
+        head: from the last block to the logits; it looks at each token alone.
+    """
+
+    blocks: list[BlockSpan]
+    head: BlockSpan
+
+
+def sections(program: Program, chosen: Sequence[fx.Node]) -> Sections:
+    """Cuts a program.
+
+    Args:
+        program: canonicalised, unfused, with blocks.
+        chosen: sites whose products the caller will say.
+    """
+    segments = [segment for segment in block_segments(program) if any(BLOCK in node.meta for node in segment)]
+    inside = [index for index, node in enumerate(segments[0]) if BLOCK in node.meta]
+    segments[0] = segments[0][inside[0] :]
+    last = max(index for index, node in enumerate(segments[-1]) if BLOCK in node.meta)
+    tail, segments[-1] = segments[-1][last + 1 :], segments[-1][: last + 1]
+    logits = program.outputs()[0]
+    wanted, changing = set(chosen), text_dependent(program)
+    spans = []
+    for segment in segments:
+        held = set(segment)
+        outputs = [
+            node
+            for node in segment
+            if node.name in changing and any(user.op == "call_function" and user not in held for user in node.users)
+        ]
+        spans.append(BlockSpan(segment, segment[-1].next, [node for node in segment if node in wanted], outputs))
+    needed = _behind(logits, set(tail))
+    head = [node for node in tail if node in needed]
+    return Sections(spans, BlockSpan(head, program.output_node, [node for node in head if is_packed(node)], [logits]))
+
+
+def require_gradients(parts: Sections, name: str) -> None:
+    """Raises HikuiError where gradients cannot pass a block.
+
+    Args:
+        parts: of a program.
+        name: of the pass that wants them.
+    """
+    for span in parts.blocks:
+        if (barrier := span.without_gradient) is not None:
+            raise HikuiError(
+                f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; run "
+                f"{name} before `activation` and `fuse`."
+            )
+
+
+def _behind(node: fx.Node, among: set[fx.Node]) -> set[fx.Node]:
+    """The calls that a value is made of."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for operand in waiting.pop().all_input_nodes:
+            if operand in among and operand not in found:
+                found.add(operand)
+                waiting.append(operand)
+    return found
+
+
+class Learned(NamedTuple):
+    """What is learned, or its gradients.
+
+    Attributes:
+        scales: float32 [n, groups] of each site of the blocks.
+        vectors: float32 [width], by their placeholders.
+    """
+
+    scales: dict[fx.Node, Tensor]
+    vectors: dict[fx.Node, Tensor]
+
+
+SiteProduct = Callable[[fx.Node, Tensor | None], Product]
+"""What a site does, given its scales if they are learned."""
+
+Loss = Callable[[Mapping[fx.Node, Tensor], slice, Mapping[fx.Node, Tensor]], Tensor]
+"""What some tokens cost, by what the head reads of all of them, which they are, and the vectors: one number."""
+
+
+class Chain:
+    """The blocks and the head of a program, their weights but for those of the chosen sites in memory.
+
+    Args:
+        program: as `sections` takes it.
+        parts: of the program.
+        lengths: of the texts.
+
+    Attributes:
+        head: behind the blocks; it is run on some tokens at a time.
+        inputs: what the first block reads.
+        head_inputs: what the head reads.
+        vectors: placeholders of the weights, float32 [width], that blocks and head read: those of norms, and biases.
+    """
+
+    def __init__(self, program: Program, parts: Sections, lengths: set[int]) -> None:
+        fixed: dict[int, dict[fx.Node, object]] = {}
+        self._blocks = [(span, TrainingBlock(program, span, lengths, fixed)) for span in parts.blocks]
+        self.head = TrainingBlock(program, parts.head, {rows.stop - rows.start for n in lengths for rows in cuts(n)})
+        self.inputs = self._blocks[0][1].inputs
+        self.head_inputs = self.head.inputs
+        read = [vector for block in (*(block for _, block in self._blocks), self.head) for vector in block.vectors]
+        self.vectors = list(dict.fromkeys(read))
+
+    @torch.no_grad()
+    def forwards(self, inputs: Mapping[fx.Node, Tensor], now: Learned, product: SiteProduct) -> dict[fx.Node, Tensor]:
+        """What goes from block to block, and to the head.
+
+        Args:
+            inputs: the values of `inputs` for a text.
+            now: what stands in the places of scales and vectors.
+            product: of each chosen site of the blocks.
+        """
+        values = dict(inputs)
+        for span, block in self._blocks:
+            read = {node: values[node] for node in block.inputs}
+            products = {site: product(site, now.scales.get(site)) for site in span.sites}
+            made = block.run(read, length(inputs), products, now.vectors)
+            values |= zip(span.outputs, made, strict=True)
+        return values
+
+    def gradients(
+        self, inputs: Mapping[fx.Node, Tensor], now: Learned, product: SiteProduct, loss: Loss
+    ) -> tuple[Tensor, Learned]:
+        """A loss summed over all tokens, float64, and its gradients for what is learned.
+
+        Only what goes from block to block is kept on the way there; each block is run once more on the way back, and
+        then gradients pass the outputs of `product`.
+        """
+        values = self.forwards(inputs, now, product)
+        reaching: dict[fx.Node, Tensor] = {}
+        found = Learned({}, {})
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in cuts(length(inputs)):
+            read, own = _leaves({node: values[node] for node in self.head_inputs}), self._own(self.head, now)
+            with torch.enable_grad():
+                part = loss(read, rows, own)
+            _backwards([(part, None)], [(read, reaching), (own, found.vectors)])
+            total += part.detach()
+        for span, block in reversed(self._blocks):
+            read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
+            scales = _leaves({site: now.scales[site] for site in span.sites if site in now.scales})
+            with torch.enable_grad():
+                products = {site: product(site, scales.get(site)) for site in span.sites}
+                made = block.run(read, length(inputs), products, own)
+            ends = [(value, reaching.pop(node, None)) for node, value in zip(span.outputs, made, strict=True)]
+            _backwards(
+                [(value, of_value) for value, of_value in ends if of_value is not None],
+                [(read, reaching), (own, found.vectors), (scales, found.scales)],
+            )
+        return total, found
+
+    @staticmethod
+    def _own(block: TrainingBlock, now: Learned) -> dict[fx.Node, Tensor]:
+        return _leaves({node: now.vectors[node] for node in block.vectors if node in now.vectors})
+
+
+def cuts(count: int) -> list[slice]:
+    """The tokens of a text, as many at a time as the head looks at."""
+    return [slice(start, min(start + _TOKENS, count)) for start in range(0, count, _TOKENS)]
+
+
+def length(inputs: Mapping[fx.Node, Tensor]) -> int:
+    """Of a text, by what the first block reads of it: [1, T, width]."""
+    return next(iter(inputs.values())).shape[1]
+
+
+def _leaves(values: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    """The values as what gradients are taken of, where they are no integers."""
+    return {node: value.detach().requires_grad_(value.is_floating_point()) for node, value in values.items()}
+
+
+def _backwards(
+    ends: Sequence[tuple[Tensor, Tensor | None]],
+    leaves: Sequence[tuple[Mapping[fx.Node, Tensor], dict[fx.Node, Tensor]]],
+) -> None:
+    """Adds gradients to what has been found.
+
+    Args:
+        ends: values, and the gradient that reaches each (None for a loss).
+        leaves: with the place for their gradients.
+    """
+    wanted = [(node, leaf, place) for values, place in leaves for node, leaf in values.items() if leaf.requires_grad]
+    made, reaching = zip(*ends, strict=True)
+    gradients = torch.autograd.grad(made, [leaf for _, leaf, _ in wanted], reaching, allow_unused=True)
+    for (node, _, place), gradient in zip(wanted, gradients, strict=True):
+        if gradient is not None:
+            place[node] = place[node] + gradient if node in place else gradient

@@ -1,0 +1,245 @@
+"""How much the model's answers depend on each token of the calibration text, site by site.
+
+What a rounded matrix does to the next token's distribution is, to second order, a sum over tokens of the change of its
+output weighed by the curvature of the divergence there, the Fisher information. Sums such as E[x·xᵀ] that count every
+token alike are ruled by the few with huge activations, on which little may depend. After GuidedQuant (Kim et al., 2025,
+section 3), which weighs tokens by the squared gradient of the loss, averaged over a group of output channels; here the
+group is all sites that read an activation, the labels are drawn from the model itself, so that the squared gradient
+estimates the Fisher information, and a power tempers the weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from hikui.lowering.engine.streaming import Stream
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.ir.packed import PackedLinear
+from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Program
+from hikui.lowering.memory import give_back
+from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
+from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by
+from hikui.passes.gradients.chain import Chain, Learned, Sections, require_gradients, sections
+from hikui.passes.graph import float_sites, groups, matrix_shape, weight_of
+from hikui.passes.measure.evidence import TOKEN_WEIGHT
+from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
+
+_EVERY = 16
+"""Texts after which what has been found is kept for a later run."""
+
+_STORED = torch.bfloat16
+"""Of the matrices: which tokens count more is not told by their last digits."""
+
+_TEXTS = 1 << 20
+"""More texts than any calibration has, so that each text of each seed draws labels of its own."""
+
+
+@dataclass(frozen=True)
+class Guide(Pass):
+    """Weighs the tokens of the calibration text by how much the next tokens depend on what a site makes of them.
+
+    The statistic `token_weight`, float32 [tokens of all texts], mean 1: what later passes sum over tokens is weighed by
+    it, the Gram matrix of `calibrate` and the Hessian of `gptq` and `qep` among them.
+
+    Attributes:
+        power: of the mean squared gradient: 1 is the Fisher information, 0 counts all tokens alike.
+        seed: of the labels.
+    """
+
+    name: ClassVar[str] = "guide"
+    calibrates: ClassVar[bool] = True
+    power: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.power <= 1:
+            raise UsageError(f"guide cannot weigh by the power {self.power:g}; give above 0 and at most 1.")
+
+    def chosen(self, program: Program) -> list[fx.Node]:
+        """The float sites of blocks, in graph order."""
+        return [node for node in float_sites(program) if BLOCK in node.meta]
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError where there is no float site in a block, or gradients cannot pass."""
+        if not (chosen := self.chosen(program)):
+            raise HikuiError("There is no unpacked linear site in a block; run `canonicalise` first, and `rtn` later.")
+        require_gradients(sections(program, chosen), self.name)
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Sends each text through the model and its gradients back.
+
+        Raises:
+            HikuiError: there is no calibration text, a gradient is NaN or infinite, or there is too little memory.
+        """
+        if context.calibration is None:
+            raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
+        chosen = self.chosen(program)
+        parts = sections(program, chosen)
+        if not parts.head.nodes:
+            context.warn(
+                f"The logits are made inside of {parts.blocks[-1].name}, and guide takes a model with a head behind "
+                "its blocks, so all tokens count alike."
+            )
+            return PassResult(program, False)
+        work = program.clone()
+        with Workers(context.workers) as workers:
+            found = _Backpropagation(self, program, parts, chosen, context, workers).run()
+        new = False
+        nodes = {node.name: node for node in work.graph.nodes}
+        for name, members in groups(chosen).items():
+            key = f"statistics/{name}/{TOKEN_WEIGHT}"
+            weights = _tempered(torch.cat([of_text[name] for of_text in found]), self.power)
+            if not (key in work.store and torch.equal(work.store.load(key), weights)):
+                new = True
+                work.store.put(key, weights)
+            for member in members:
+                node = nodes[member.name]
+                node.meta[STATISTICS] = {**node.meta.get(STATISTICS, {}), TOKEN_WEIGHT: key}
+        if not new:
+            return PassResult(program, False)
+        return PassResult(work, True, [f"tokens of {len(found)} texts weighed for {len(groups(chosen))} activations"])
+
+    def ensures(self, program: Program) -> None:
+        """Where one site of a block has weights, every unpacked one has."""
+        held = [TOKEN_WEIGHT in node.meta.get(STATISTICS, {}) for node in self.chosen(program)]
+        if any(held) and not all(held):
+            raise VerificationError("Some sites have weights of tokens and others have none.")
+
+
+def _tempered(squares: Tensor, power: float) -> Tensor:
+    """The weights: float32 with a mean of 1, all alike where nothing depends on any token."""
+    mean = squares.double().mean()
+    if not bool(mean > 0):
+        return torch.ones(len(squares))
+    raised = (squares.double() / mean) ** power
+    return (raised / raised.mean()).float()
+
+
+class _Backpropagation:
+    """One run of the pass; the program is only read."""
+
+    def __init__(
+        self,
+        options: Guide,
+        program: Program,
+        parts: Sections,
+        chosen: list[fx.Node],
+        context: PassContext,
+        workers: Workers,
+    ) -> None:
+        assert context.calibration is not None, "it was looked at before"
+        self._options, self._program, self._context, self._workers = options, program, context, workers
+        self._texts = list(context.calibration.chunks)
+        self._group = {site: name for name, members in groups(chosen).items() for site in members}
+        footprint = _footprint(parts, self._texts, workers.count)
+        context.announce(f"{options.name} needs {footprint}")
+        refuse_what_cannot_fit(footprint, context)
+        self._first = parts.blocks[0]
+        self._chain = Chain(program, parts, {text.shape[1] for text in self._texts})
+        self._head = {site: multiply_by(_float_matrix(program, site)) for site in parts.head.sites}
+        self._matrices = {site: program.store.load(program.weight_of(weight_of(site))).to(_STORED) for site in chosen}
+
+    def run(self) -> list[dict[str, Tensor]]:
+        """For each text and each group the mean squared gradient of each token: float32 [T]."""
+        resume, count = self._context.resume, len(self._texts)
+        inputs = self._inputs()
+        found: list[dict[str, Tensor]] = []
+        for start in range(0, count, _EVERY):
+            self._context.progress(self._options.name, start, count)
+            numbers = range(start, min(start + _EVERY, count))
+            kept = resume.load(f"texts-{start}")
+            if kept is not None:
+                found += [{name: kept[f"{name}/{number}"] for name in set(self._group.values())} for number in numbers]
+                continue
+            made = list(self._workers.map(lambda number: self._of_text(number, inputs[number]), numbers))
+            named = zip(numbers, made, strict=True)
+            resume.save(
+                f"texts-{start}", {f"{name}/{number}": held for number, of in named for name, held in of.items()}
+            )
+            found += made
+            give_back()
+        self._context.progress(self._options.name, count, count)
+        return found
+
+    def _inputs(self) -> list[dict[fx.Node, Tensor]]:
+        """What the first block reads of each text."""
+        with Stream(self._program, self._texts, self._workers, scratch=self._context.scratch) as stream:
+            stream.advance(self._first.nodes[0])
+            return [
+                {node: stream.value(number, node) for node in self._chain.inputs} for number in range(len(self._texts))
+            ]
+
+    def _of_text(self, number: int, inputs: Mapping[fx.Node, Tensor]) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self._options.seed * _TEXTS + number)
+        squares: dict[str, Tensor] = {}
+
+        def product(site: fx.Node, _: Tensor | None) -> Product:
+            name = self._group[site]
+
+            def add(of_y: Tensor) -> None:
+                own = of_y.square().sum(-1).flatten()
+                squares[name] = squares[name] + own if name in squares else own
+
+            def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+                y = F.linear(x, self._matrices[site].float(), bias)
+                if y.requires_grad:
+                    y.register_hook(add)
+                return y
+
+            return multiply
+
+        def loss(read: Mapping[fx.Node, Tensor], rows: slice, _: Mapping[fx.Node, Tensor]) -> Tensor:
+            cut = {node: read[node][:, rows] for node in self._chain.head_inputs}
+            said = self._chain.head.run(cut, rows.stop - rows.start, self._head)[0][0].log_softmax(-1)
+            if not bool(said.isfinite().all()):
+                raise HikuiError(
+                    "The float model gives NaN or infinite values on the calibration text; `hikui eval` of it shows "
+                    "whether it does so elsewhere."
+                )
+            drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
+            return -said.gather(-1, drawn).sum()
+
+        self._chain.gradients(inputs, Learned({}, {}), product, loss)
+        widths: dict[str, int] = {}
+        for site, name in self._group.items():
+            widths[name] = widths.get(name, 0) + matrix_shape(site)[0]
+        length = self._texts[number].shape[1]
+        out = {name: squares.get(name, torch.zeros(length)) / width for name, width in widths.items()}
+        for name, of_tokens in out.items():
+            if not bool(of_tokens.isfinite().all()):
+                raise HikuiError(
+                    f"Gradients at {name} are NaN or infinite on the calibration text; `hikui eval` of the float "
+                    "model shows whether its numbers are finite."
+                )
+        return out
+
+
+def _float_matrix(program: Program, site: fx.Node) -> Tensor:
+    """What a packed site multiplies with in the float model, as far as it is still known."""
+    packed = PackedLinear.of(site)
+    return packed.unrounded(program.store) if FLOAT_WEIGHT in site.meta else packed.dense(program.store)
+
+
+def _footprint(parts: Sections, texts: list[Tensor], workers: int) -> Footprint:
+    """What it needs at once: all matrices at two bytes a weight, the head, and a block's values for each worker."""
+    kept = sum(value_nbytes(node, text.shape[1]) for text in texts for node in parts.blocks[-1].outputs)
+    widest = max(text.shape[1] for text in texts)
+    weights, block, site = 0, 0, ""
+    for span in parts.blocks:
+        sizes = [rows * columns for rows, columns in map(matrix_shape, span.sites)]
+        weights += sum(sizes)
+        needed = 2 * sum(value_nbytes(node, widest) for node in span.nodes) + 4 * sum(sizes)
+        if needed > block:
+            block, site = needed, _name(span)
+    flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
+    head = sum(4 * packed.rows * packed.columns for packed in map(PackedLinear.of, parts.head.sites))
+    return Footprint(2 * weights + head + workers * (block + flowing) + kept, 0, site, 0, kept)
+
+
+def _name(span: BlockSpan) -> str:
+    return str(span.sites[0].meta[SITE]) if span.sites else span.name
