@@ -39,6 +39,9 @@ _EPOCHS = 1 << 20
 
 _LARGEST = float(torch.finfo(torch.float16).max)
 
+_SHARES = (0.75, 0.5, 0.25)
+"""Of the way from where it began: what batches teach adds up with it, what they say by chance with its square."""
+
 _WARM = 8
 """Steps at most in which the step size rises to its full height."""
 
@@ -48,7 +51,7 @@ class Distil(Pass):
     """Learns factors for the scales and norms of a quantised model, end to end, by its divergence from the float one.
 
     Adam descends on KL(float‖quantised) of the next token. One text in eight is held out, and what is best on those
-    is kept: at worst the model as it was.
+    is kept, of what was met on the way and of parts of the whole way: at worst the model as it was.
 
     Attributes:
         epochs: how often all texts are gone through.
@@ -228,8 +231,15 @@ class _Distillation:
                 numbers = {"done": torch.tensor(finished), "divergences": torch.tensor([first, least]).double()}
                 resume.save("state", {"theta": theta, "best": best, **moments, **numbers})
         self._context.progress(options.name, steps, steps)
+        share = 1.0
+        for part in _SHARES:
+            shorter = torch.lerp(torch.ones_like(theta), theta, part)
+            if (now := self._judge(shorter)) < least:
+                least, best, share = now, shorter, part
         texts = f"{len(self._judging)} held-out texts"
         note = f"KL to the float model on {texts}: {least:.4f} nats a token, {first:.4f} before"
+        if share < 1:
+            note += f"; {share:g} of the way that was gone"
         if least == first:
             return None, [f"{note}; nothing was learned that is better"]
         learned = self._learned(best)
@@ -304,8 +314,8 @@ def _footprint(parts: Sections, texts: Sequence[Tensor], workers: int) -> Footpr
         weights += sum(packed.rows * packed.columns for packed in matrices)
         scales += sum(packed.rows * packed.format.groups(packed.columns) for packed in matrices)
         values = sum(value_nbytes(node, widest) for node in span.nodes)
-        largest = max((packed.rows * packed.columns for packed in matrices), default=0)
-        block = max(block, 2 * values + 12 * largest)
+        sizes = [packed.rows * packed.columns for packed in matrices]
+        block = max(block, 2 * values + 4 * sum(sizes) + 12 * max(sizes, default=0))
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
     head = sum(8 * packed.rows * packed.columns for packed in map(PackedLinear.of, parts.head.sites))
     peak = weights + (24 + 8 * workers) * scales + head + workers * (block + flowing) + kept

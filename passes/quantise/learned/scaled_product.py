@@ -1,4 +1,4 @@
-"""A product with an integer matrix whose scales gradients reach, and which is never kept as floats."""
+"""A product with an integer matrix whose scales gradients reach; as floats it is kept from a call to its gradient."""
 
 from typing import Any
 
@@ -67,19 +67,20 @@ class ScaledProduct:
 
 
 class _Multiply(Function):
-    """Makes the matrix anew on the way back, which is cheaper than to keep those of all sites."""
+    """Keeps what it has made for the way back, which `Chain` goes block by block."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, product: ScaledProduct) -> Tensor:
-        ctx.save_for_backward(x, scale)
+        rounded, matrix = product.rounded(x), product.matrix(scale)
+        ctx.save_for_backward(rounded, matrix)
         ctx.product = product
-        return F.linear(product.rounded(x), product.matrix(scale))
+        return F.linear(rounded, matrix)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scale = ctx.saved_tensors
+        rounded, matrix = ctx.saved_tensors
         product: ScaledProduct = ctx.product
-        of_x = of_y @ product.matrix(scale) if ctx.needs_input_grad[0] else None
-        of_matrix = of_y.flatten(0, -2).t() @ product.rounded(x).flatten(0, -2)
+        of_x = of_y @ matrix if ctx.needs_input_grad[0] else None
+        of_matrix = of_y.flatten(0, -2).t() @ rounded.flatten(0, -2)
         return of_x, product.of_scale(of_matrix), None

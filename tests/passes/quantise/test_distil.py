@@ -1,5 +1,6 @@
 """distil: gradients against differences, the whole against the interpreter, and what a run must leave alike."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,23 @@ def test_it_comes_nearer_to_the_float_model(family: str) -> None:
     assert divergence(after) < 0.97 * divergence(before)
     kinds = {node.meta.get(SITE): str(node.target) for node in before.graph.nodes if SITE in node.meta}
     assert kinds == {node.meta.get(SITE): str(node.target) for node in after.graph.nodes if SITE in node.meta}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_that_are_too_long_are_taken_back_in_part(family: str) -> None:
+    exact, before = canonical(family), rounded(family)
+    data = Calibration(calibration(exact, 36, 24).chunks[:33])
+    result = Distil(epochs=2, lr=0.1, batch=2).run(before, PassContext(data))
+    (note,) = result.notes
+    found = re.fullmatch(r"KL .* texts: (\S+) nats a token, (\S+) before; (0.25|0.5) of the way that was gone", note)
+    assert found is not None, note
+    assert float(found[1]) < 0.95 * float(found[2])
+    # What is said is what was kept.
+    total = tokens = 0.0
+    for text in data.chunks[::8]:
+        wanted, given = log_probabilities(exact, text), log_probabilities(result.program, text)
+        total, tokens = total + float((wanted.exp() * (wanted - given)).sum()), tokens + text.shape[1]
+    assert total / tokens == pytest.approx(float(found[1]), rel=5e-3)
 
 
 def test_text() -> None:
