@@ -24,7 +24,7 @@ from tests.passes.helpers import calibration, canonical, lower, program_of, rand
 
 PIPELINES = {
     "calibrate,sensitivity,override{sites=.*head.*,format=int8-g32},assign{target_bpw=12},qep{alpha=0.3333}": FAMILIES,
-    "guide,calibrate,smooth,override{sites=.*1.*,format=int8-g32},qep,gptq{bits=3,group=32},activation,kv_cache,fuse": (
+    "guide,calibrate,smooth,override{sites=.*1.*,format=int8-g32},qep,gptq{bits=3,group=32},activation,fuse,pack": (
         "llama", "bloom",
     ),
     "calibrate{gram=true},awq,mixed{group=32},rtn,sub_branch,activation,kv_cache{bits=4,keys=channel},fuse": (
