@@ -71,6 +71,14 @@ def require_gradients(parts: Sections, name: str) -> None:
             )
 
 
+def without_head(parts: Sections, name: str) -> str | None:
+    """Why a pass cannot look at a program's next tokens, where nothing is behind its blocks; None where it can."""
+    if parts.head.nodes:
+        return None
+    block = parts.blocks[-1].name
+    return f"The logits are made inside of {block}, and {name} takes a model with a head behind its blocks"
+
+
 def _behind(node: fx.Node, among: set[fx.Node]) -> set[fx.Node]:
     """The calls that a value is made of."""
     found, waiting = {node}, [node]

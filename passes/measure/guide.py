@@ -24,7 +24,7 @@ from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Pro
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by
-from hikui.passes.gradients.chain import Chain, Learned, Sections, require_gradients, sections
+from hikui.passes.gradients.chain import Chain, Learned, Sections, require_gradients, sections, without_head
 from hikui.passes.graph import float_sites, groups, matrix_shape, weight_of
 from hikui.passes.measure.evidence import TOKEN_WEIGHT
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
@@ -80,11 +80,8 @@ class Guide(Pass):
             raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
         chosen = self.chosen(program)
         parts = sections(program, chosen)
-        if not parts.head.nodes:
-            context.warn(
-                f"The logits are made inside of {parts.blocks[-1].name}, and guide takes a model with a head behind "
-                "its blocks, so all tokens count alike."
-            )
+        if (reason := without_head(parts, self.name)) is not None:
+            context.warn(f"{reason}, so all tokens count alike.")
             return PassResult(program, False)
         work = program.clone()
         with Workers(context.workers) as workers:

@@ -21,7 +21,7 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.gradients.chain import Learned, Sections, require_gradients, sections
+from hikui.passes.gradients.chain import Learned, Sections, require_gradients, sections, without_head
 from hikui.passes.graph import drop_weights, selected
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
@@ -121,11 +121,8 @@ class Distil(Pass):
             )
             return PassResult(program, False)
         parts = sections(program, chosen)
-        if not parts.head.nodes:
-            context.warn(
-                f"The logits are made inside of {parts.blocks[-1].name}, and distil takes a model with a head behind "
-                "its blocks, so it has left scales and norms as they were."
-            )
+        if (reason := without_head(parts, self.name)) is not None:
+            context.warn(f"{reason}, so it has left scales and norms as they were.")
             return PassResult(program, False)
         with Workers(context.workers) as workers:
             best, notes = _Distillation(self, program, parts, context, workers).run()
