@@ -8,10 +8,13 @@ import pytest
 from tests.conftest import ROOT
 
 LOWERING = (
-    ("errors", "progress", "files", "memory", "json_text"), ("huggingface", "yaml_text"), ("formats",), ("ir",),
-    ("checkpoint", "engine"), ("trace", "pipeline"), ("artefact",), ("evaluation",), ("app",),
+    ("errors", "expressions", "progress", "files", "memory", "json_text"), ("huggingface", "yaml_text"), ("formats",),
+    ("ir",), ("checkpoint", "engine"), ("trace", "pipeline"), ("artefact",), ("evaluation",), ("app",),
 )  # fmt: skip
-PASSES = (("graph", "matrices"), ("patterns", "measure"), ("quantise",), ("transform", "precision", "rewrite"), ("",))
+PASSES = (
+    ("graph", "matrices"), ("gradients", "patterns"), ("measure",), ("quantise",),
+    ("transform", "precision", "rewrite"), ("",),
+)  # fmt: skip
 """Rooms by floor, from the ground up; the empty name is the folder's own `__init__`."""
 
 FLOORS = {
