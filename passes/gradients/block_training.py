@@ -64,7 +64,8 @@ class BlockSpan:
     @property
     def name(self) -> str:
         """For notes and messages."""
-        return f"block {self.nodes[0].meta[BLOCK]}"
+        block = self.nodes[0].meta.get(BLOCK)
+        return "what is behind the blocks" if block is None else f"block {block}"
 
     @property
     def without_gradient(self) -> fx.Node | None:

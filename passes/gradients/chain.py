@@ -57,13 +57,13 @@ def sections(program: Program, chosen: Sequence[fx.Node]) -> Sections:
 
 
 def require_gradients(parts: Sections, name: str) -> None:
-    """Raises HikuiError where gradients cannot pass a block.
+    """Raises HikuiError where gradients cannot pass a block or the head.
 
     Args:
         parts: of a program.
         name: of the pass that wants them.
     """
-    for span in parts.blocks:
+    for span in (*parts.blocks, parts.head):
         if (barrier := span.without_gradient) is not None:
             raise HikuiError(
                 f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; run "

@@ -126,7 +126,7 @@ class _Measuring(ResumableTraversal):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                weights = token_weights(self._work, members[0], self._texts)
+                weights = token_weights(self._work, members[0], self._texts) if "gram" in self._wanted else None
                 sums.append(Sums(x.shape[-1], self._wanted, self._workers, weights))
             sums[0].add(x)
 

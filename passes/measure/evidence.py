@@ -104,6 +104,14 @@ _SPACED = 16
 """Every so many tokens one is taken into the sample, to begin with."""
 
 
+def weights_of_sample(weights: Tensor) -> Tensor:
+    """Those of the tokens that a `Sample` of all of them holds."""
+    spacing = _SPACED
+    while -(-len(weights) // spacing) > SAMPLE:
+        spacing *= 2
+    return weights[::spacing]
+
+
 class Sample:
     """Tokens evenly spaced in all that were seen: when there are too many, every second one is given up.
 

@@ -136,10 +136,13 @@ def value_nbytes(node: fx.Node, tokens: int) -> int:
     return total
 
 
-def refuse_what_cannot_fit(footprint: Footprint, context: PassContext) -> None:
-    """Raises HikuiError, with the numbers, where the memory or the disk is too small."""
+def refuse_what_cannot_fit(
+    footprint: Footprint,
+    context: PassContext,
+    way_out: str = "use fewer or shorter calibration windows, or leave wide sites out with skip",
+) -> None:
+    """Raises HikuiError, with the numbers and a way out, where the memory or the disk is too small."""
     room = context.memory if context.memory is not None else available_memory()
-    way_out = "use fewer or shorter calibration windows, or leave wide sites out with skip"
     if room is not None and footprint.memory > room:
         raise HikuiError(f"It needs {footprint}, and {gigabytes(room)} of memory are there; {way_out}.")
     folder = context.scratch or Path(tempfile.gettempdir())

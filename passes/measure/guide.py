@@ -24,16 +24,24 @@ from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Pro
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by
-from hikui.passes.gradients.chain import Chain, Learned, Sections, require_gradients, sections, without_head
-from hikui.passes.graph import float_sites, groups, matrix_shape, weight_of
+from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, require_gradients, sections, without_head
+from hikui.passes.graph import aten, float_sites, groups, is_weight, matrix_shape, same_size, shape, sites, weight_of
 from hikui.passes.measure.evidence import TOKEN_WEIGHT
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
+
+_LINEAR = torch.ops.hikui.linear.default
 
 _EVERY = 16
 """Texts after which what has been found is kept for a later run."""
 
 _STORED = torch.bfloat16
 """Of the matrices: which tokens count more is not told by their last digits."""
+
+_LOGITS = 5
+"""Tensors as large as the logits of the tokens that are looked at, while their gradient is taken."""
+
+_SEEDS = 1 << 63
+"""More than a generator takes."""
 
 _TEXTS = 1 << 20
 """More texts than any calibration has, so that each text of each seed draws labels of its own."""
@@ -61,14 +69,16 @@ class Guide(Pass):
             raise UsageError(f"guide cannot weigh by the power {self.power:g}; give above 0 and at most 1.")
 
     def chosen(self, program: Program) -> list[fx.Node]:
-        """The float sites of blocks, in graph order."""
-        return [node for node in float_sites(program) if BLOCK in node.meta]
+        """The float sites of blocks that read one row a token, in graph order."""
+        tokens = shape(program.input_nodes()[0])[1]
+        return [node for node in float_sites(program) if BLOCK in node.meta and _is_by_token(node, tokens)]
 
     def requires(self, program: Program) -> None:
-        """Raises HikuiError where there is no float site in a block, or gradients cannot pass."""
-        if not (chosen := self.chosen(program)):
-            raise HikuiError("There is no unpacked linear site in a block; run `canonicalise` first, and `rtn` later.")
-        require_gradients(sections(program, chosen), self.name)
+        """Raises HikuiError where there is no float site, or gradients cannot pass."""
+        if not float_sites(program):
+            raise HikuiError("There is no unpacked linear site to weigh; run `canonicalise` first, and `rtn` later.")
+        if chosen := self.chosen(program):
+            require_gradients(sections(program, chosen), self.name)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Sends each text through the model and its gradients back.
@@ -77,9 +87,13 @@ class Guide(Pass):
             HikuiError: there is no calibration text, a gradient is NaN or infinite, or there is too little memory.
         """
         if context.calibration is None:
-            raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
-        chosen = self.chosen(program)
-        parts = sections(program, chosen)
+            raise HikuiError(
+                "It follows real text through the model and none was given; give some with --calibration TEXT_FILE."
+            )
+        if not (chosen := self.chosen(program)):
+            context.warn("The model has no blocks, and guide goes through blocks, so all tokens count alike.")
+            return PassResult(program, False)
+        parts = sections(program, [*chosen, *_rounded(program)])
         if (reason := without_head(parts, self.name)) is not None:
             context.warn(f"{reason}, so all tokens count alike.")
             return PassResult(program, False)
@@ -96,7 +110,11 @@ class Guide(Pass):
                 work.store.put(key, weights)
             for member in members:
                 node = nodes[member.name]
-                node.meta[STATISTICS] = {**node.meta.get(STATISTICS, {}), TOKEN_WEIGHT: key}
+                held = node.meta.get(STATISTICS, {})
+                new |= held.get(TOKEN_WEIGHT) != key
+                # What was summed before counted the tokens otherwise.
+                kept = {kind: place for kind, place in held.items() if kind != "gram"} if new else held
+                node.meta[STATISTICS] = {**kept, TOKEN_WEIGHT: key}
         if not new:
             return PassResult(program, False)
         return PassResult(work, True, [f"tokens of {len(found)} texts weighed for {len(groups(chosen))} activations"])
@@ -135,11 +153,13 @@ class _Backpropagation:
         self._group = {site: name for name, members in groups(chosen).items() for site in members}
         footprint = _footprint(parts, self._texts, workers.count)
         context.announce(f"{options.name} needs {footprint}")
-        refuse_what_cannot_fit(footprint, context)
+        refuse_what_cannot_fit(footprint, context, "leave `guide` out of the recipe")
         self._first = parts.blocks[0]
         self._chain = Chain(program, parts, {text.shape[1] for text in self._texts})
         self._head = {site: multiply_by(_float_matrix(program, site)) for site in parts.head.sites}
-        self._matrices = {site: program.store.load(program.weight_of(weight_of(site))).to(_STORED) for site in chosen}
+        self._matrices = {site: _float_matrix(program, site).to(_STORED) for site in _rounded(program)}
+        for site in chosen:
+            self._matrices[site] = program.store.load(program.weight_of(weight_of(site))).to(_STORED)
 
     def run(self) -> list[dict[str, Tensor]]:
         """For each text and each group the mean squared gradient of each token: float32 [T]."""
@@ -172,19 +192,20 @@ class _Backpropagation:
             ]
 
     def _of_text(self, number: int, inputs: Mapping[fx.Node, Tensor]) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self._options.seed * _TEXTS + number)
+        generator = torch.Generator().manual_seed((self._options.seed * _TEXTS + number) % _SEEDS)
         squares: dict[str, Tensor] = {}
 
         def product(site: fx.Node, _: Tensor | None) -> Product:
-            name = self._group[site]
+            name = self._group.get(site)
 
             def add(of_y: Tensor) -> None:
+                assert name is not None, "the site is weighed for"
                 own = of_y.square().sum(-1).flatten()
                 squares[name] = squares[name] + own if name in squares else own
 
             def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
                 y = F.linear(x, self._matrices[site].float(), bias)
-                if y.requires_grad:
+                if y.requires_grad and name is not None:
                     y.register_hook(add)
                 return y
 
@@ -193,9 +214,9 @@ class _Backpropagation:
         def loss(read: Mapping[fx.Node, Tensor], rows: slice, _: Mapping[fx.Node, Tensor]) -> Tensor:
             cut = {node: read[node][:, rows] for node in self._chain.head_inputs}
             said = self._chain.head.run(cut, rows.stop - rows.start, self._head)[0][0].log_softmax(-1)
-            if not bool(said.isfinite().all()):
+            if bool(said.isnan().any()):
                 raise HikuiError(
-                    "The float model gives NaN or infinite values on the calibration text; `hikui eval` of it shows "
+                    "The float model gives NaN on the calibration text; `hikui eval` of it shows "
                     "whether it does so elsewhere."
                 )
             drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
@@ -216,6 +237,17 @@ class _Backpropagation:
         return out
 
 
+def _is_by_token(node: fx.Node, tokens: int | torch.SymInt) -> bool:
+    """Whether a call gives one row a token: [T, width], or with dimensions of 1 before or between."""
+    sizes = [size for size in shape(node)[:-1] if not same_size(size, 1)]
+    return len(sizes) == 1 and same_size(sizes[0], tokens)
+
+
+def _rounded(program: Program) -> list[fx.Node]:
+    """The sites of blocks that are packed already and of which the float matrix is still known."""
+    return [node for node in sites(program) if node.target is _LINEAR and {BLOCK, FLOAT_WEIGHT} <= node.meta.keys()]
+
+
 def _float_matrix(program: Program, site: fx.Node) -> Tensor:
     """What a packed site multiplies with in the float model, as far as it is still known."""
     packed = PackedLinear.of(site)
@@ -228,14 +260,27 @@ def _footprint(parts: Sections, texts: list[Tensor], workers: int) -> Footprint:
     widest = max(text.shape[1] for text in texts)
     weights, block, site = 0, 0, ""
     for span in parts.blocks:
-        sizes = [rows * columns for rows, columns in map(matrix_shape, span.sites)]
-        weights += sum(sizes)
+        sizes = [_size(node) for node in span.sites]
+        # What is neither weighed for nor known as floats is in memory as it is multiplied with.
+        weights += 2 * sum(sizes) + sum(4 * _size(node) for node in span.nodes if node not in span.sites)
         needed = 2 * sum(value_nbytes(node, widest) for node in span.nodes) + 4 * sum(sizes)
         if needed > block:
             block, site = needed, _name(span)
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
-    head = sum(4 * packed.rows * packed.columns for packed in map(PackedLinear.of, parts.head.sites))
-    return Footprint(2 * weights + head + workers * (block + flowing) + kept, 0, site, 0, kept)
+    head = sum(4 * _size(node) for node in parts.head.nodes)
+    logits = _LOGITS * value_nbytes(parts.head.outputs[0], max(rows.stop - rows.start for rows in cuts(widest)))
+    return Footprint(weights + head + workers * (block + flowing + logits) + kept, 0, site, 0, kept)
+
+
+def _size(node: fx.Node) -> int:
+    """Weights of the matrix that a call multiplies with; 0 where it is no product with one."""
+    if node.target is _LINEAR:
+        packed = PackedLinear.of(node)
+        return packed.rows * packed.columns
+    if node.target is aten.linear.default and is_weight(node.args[1]):
+        rows, columns = matrix_shape(node)
+        return rows * columns
+    return 0
 
 
 def _name(span: BlockSpan) -> str:

@@ -111,8 +111,8 @@ class Walk(ResumableTraversal, Generic[Prepared]):
             x = args[0]
             assert isinstance(x, Tensor)
             if not sums:
-                weights = token_weights(self._work, first, self._texts)
                 wanted, cross = self._rounder.wants(), bool(corrected)
+                weights = token_weights(self._work, first, self._texts) if "gram" in wanted or cross else None
                 sums.append(Sums(x.shape[-1], wanted, self._workers, weights, cross=cross))
             reference = float_stream.value(number, source) if corrected and float_stream is not None else None
             sums[0].add(x, reference)

@@ -12,6 +12,7 @@ from hikui.lowering.formats import Format, quantize_activation
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.passes.graph import float_sites, matrix_shape, selected, weight_of
 from hikui.passes.matrices import load_finite, row_parts
+from hikui.passes.measure.evidence import TOKEN_WEIGHT, weights_of_sample
 from hikui.passes.quantise.columns import mixed_order, require_mixable
 from hikui.passes.quantise.rounder import BITS, GROUP, assigned_format, chosen_format
 from hikui.passes.quantise.rounding import dequantise, round_matrix
@@ -101,6 +102,9 @@ class Awq(Scaling):
         if self.activation_bits:
             sample = program.store.load(keys["sample"]) / _mean_power(gram) ** 0.5
             noise = [activation_noise(sample / s[found.ties], self.activation_bits) for s in factors]
+            if TOKEN_WEIGHT in keys:
+                roots = weights_of_sample(program.store.load(keys[TOKEN_WEIGHT])).sqrt()
+                noise = [off * roots for off in noise]
         errors = torch.zeros(_STEPS, dtype=torch.float64)
         for node in judged:
             tied = [other for other in judged if formats[other] == formats[node]]

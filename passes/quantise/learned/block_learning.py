@@ -103,7 +103,7 @@ class BlockLearning:
             [each.theta for each in self._scales], lr=schedule.lr, weight_decay=0.0, eps=_EPSILON, foreach=False
         )
         slope = LinearLR(optimiser, 1.0, 0.0, total_iters=schedule.epochs * -(-count // schedule.batch))
-        generator = torch.Generator().manual_seed(schedule.seed * _BLOCKS + block)
+        generator = torch.Generator().manual_seed((schedule.seed * _BLOCKS + block) % (1 << 63))
         now = [each.scale() for each in self._scales]
         if (error := self.error(now)) < least:
             best, least = now, error

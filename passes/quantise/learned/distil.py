@@ -246,7 +246,7 @@ class _Distillation:
         """The texts of a step, in an order of each epoch's own."""
         count, batch = len(self._learning), self._options.batch
         epoch, at = divmod(step, -(-count // batch))
-        generator = torch.Generator().manual_seed(self._options.seed * _EPOCHS + epoch)
+        generator = torch.Generator().manual_seed((self._options.seed * _EPOCHS + epoch) % (1 << 63))
         order = torch.randperm(count, generator=generator).tolist()
         return [self._learning[index] for index in order[at * batch : (at + 1) * batch]]
 

@@ -20,6 +20,7 @@ from hikui.passes import PASSES, Calibrate, Gptq, Guide, Sensitivity
 from hikui.passes.gradients import chain
 from hikui.passes.graph import float_sites, groups
 from hikui.passes.measure import guide
+from hikui.passes.measure.evidence import Sample, weights_of_sample
 from tests.passes.helpers import assert_settled, calibration, canonical, lower
 from tests.passes.quantise.test_distil import HEADLESS
 
@@ -225,14 +226,18 @@ def test_powers_that_make_no_sense(power: float) -> None:
 def test_refusals() -> None:
     program = canonical("llama")
     data = calibration(program, 3, 24)
-    with pytest.raises(HikuiError, match="It learns from text and none was given; give some with --calibration"):
+    with pytest.raises(
+        HikuiError, match="It follows real text through the model and none was given; give"
+    ):
         Guide().run(program, PassContext())
-    with pytest.raises(HikuiError, match=r"of memory are there; use fewer or shorter"):
+    with pytest.raises(HikuiError, match=r"of memory are there; leave `guide` out of the recipe"):
         Guide().run(program, PassContext(data, memory=1000))
-    with pytest.raises(HikuiError, match="There is no unpacked linear site in a block"):
+    with pytest.raises(HikuiError, match="There is no unpacked linear site to weigh"):
         Guide().requires(lower(program, "rtn"))
     with pytest.raises(HikuiError, match="which gradients cannot pass; run guide before"):
         Guide().requires(lower(program, "rtn{sites=mlp},activation"))
+    with pytest.raises(HikuiError, match="What is behind the blocks holds .*which gradients cannot pass"):
+        Guide().requires(lower(program, "rtn{sites=lm_head},activation"))
     weighed = lower(program, "guide", data)
     with pytest.raises(HikuiError, match="has weights for 72 tokens, and the calibration text has 8; run `guide` on"):
         Gptq(bits=3).run(weighed, PassContext(calibration(program, 1, 8)))
@@ -250,7 +255,7 @@ def test_infinite_numbers_are_refused() -> None:
     program = canonical("llama").clone()
     key = next(key for key in program.store.keys() if key.endswith("norm.weight"))
     program.store.put(key, program.store.load(key) * float("inf"))
-    with pytest.raises(HikuiError, match="The float model gives NaN or infinite values on the calibration text"):
+    with pytest.raises(HikuiError, match="The float model gives NaN on the calibration text"):
         Guide().run(program, PassContext(calibration(program, 2, 8)))
 
 
@@ -260,3 +265,75 @@ def test_reads_back() -> None:
     text = to_text(out)
     assert '"statistics/model.layers.0.mlp.down_proj/token_weight" : f32[16]' in text
     assert to_text(from_text(text, out.store)) == text
+
+
+BLOCKLESS = """program small context=16 vocabulary=24 T=1..16
+  %e = weight "embed.weight" : f32[24, 64]
+  %w = weight "a.weight" : f32[32, 32]
+  %v = weight "b.weight" : f32[24, 64]
+  %tokens = input : i64[1, T]
+  %past = input : i64[1]
+  %x = aten.embedding(%e, %tokens) : f32[1, T, 64]
+  %r = aten.reshape(%x, [1, -1, 2, 32]) : f32[1, T, 2, 32]
+  %a = aten.linear(%r, %w) : f32[1, T, 2, 32]  // site=a group=a
+  %s = aten.reshape(%a, [1, -1, 64]) : f32[1, T, 64]
+  %b = aten.linear(%s, %v) : f32[1, T, 24]  // site=b group=b
+  return %b
+"""
+
+
+def test_a_model_without_blocks_counts_all_tokens_alike() -> None:
+    program, said = from_text(BLOCKLESS, source="blockless", seed=0), list[str]()
+    data = calibration(program)
+    (step,) = parse_pipeline("guide", PASSES)
+    step.requires(program)
+    result = step.run(program, PassContext(data, warn=said.append))
+    assert not result.modified and said == [
+        "The model has no blocks, and guide goes through blocks, so all tokens count alike."
+    ]
+    lower(program, "guide,calibrate{gram=true},gptq{bits=3,group=32}", data)
+
+
+def test_a_site_of_several_rows_a_token_counts_them_alike() -> None:
+    text = BLOCKLESS.replace("site=a group=a", "site=a group=a block=0").replace(
+        "%s = aten.reshape(%a, [1, -1, 64]) : f32[1, T, 64]",
+        "%s = aten.reshape(%a, [1, -1, 64]) : f32[1, T, 64]  // block=0",
+    )
+    program = from_text(text, source="rows", seed=0)
+    data = calibration(program)
+    assert not Guide().run(program, PassContext(data, warn=lambda _: None)).modified
+    lower(program, "guide,calibrate{gram=true},gptq{bits=3,group=32}", data)
+
+
+@pytest.mark.parametrize("rounded", ["lm_head", "mlp"])
+def test_what_is_rounded_already_is_as_it_was(rounded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guide, "_STORED", torch.float32)
+    program = canonical("llama")
+    data = calibration(program, 3, 24)
+    plain = weights(lower(program, "guide", data))
+    later = weights(lower(program, f"rtn{{sites={rounded},bits=2,group=32}},guide", data))
+    assert later.keys() == {name for name in plain if rounded not in name}
+    for name, held in later.items():
+        torch.testing.assert_close(held, plain[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_was_summed_before_is_not_kept() -> None:
+    program = canonical("llama")
+    data = calibration(program, 3, 24)
+    out = lower(program, "calibrate{gram=true},guide", data)
+    for node in float_sites(out):
+        assert ("gram" in node.meta[STATISTICS]) == (BLOCK not in node.meta)
+        assert "mean_square" in node.meta[STATISTICS]
+
+
+def test_the_weights_of_a_sample_are_those_of_its_tokens() -> None:
+    tokens = 20000
+    held = Sample()
+    for start in range(0, tokens, 123):
+        held.add(torch.arange(start, min(start + 123, tokens)).float().unsqueeze(-1))
+    assert torch.equal(weights_of_sample(torch.arange(tokens).float()), held.tokens().flatten())
+
+
+def test_the_largest_seed_is_one() -> None:
+    program = canonical("llama")
+    lower(program, f"guide{{seed={(1 << 63) - 1}}}", calibration(program, 2, 8))
