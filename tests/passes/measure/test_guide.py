@@ -16,11 +16,12 @@ from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import FAMILIES, tiny_model
-from hikui.passes import PASSES, Calibrate, Gptq, Guide, Sensitivity
+from hikui.passes import PASSES, Awq, Calibrate, Gptq, Guide, Sensitivity
 from hikui.passes.gradients import chain
 from hikui.passes.graph import float_sites, groups
 from hikui.passes.measure import guide
 from hikui.passes.measure.evidence import Sample, weights_of_sample
+from hikui.passes.transform import awq
 from tests.passes.helpers import assert_settled, calibration, canonical, lower
 from tests.passes.quantise.test_distil import HEADLESS
 
@@ -226,9 +227,7 @@ def test_powers_that_make_no_sense(power: float) -> None:
 def test_refusals() -> None:
     program = canonical("llama")
     data = calibration(program, 3, 24)
-    with pytest.raises(
-        HikuiError, match="It follows real text through the model and none was given; give"
-    ):
+    with pytest.raises(HikuiError, match="It follows real text through the model and none was given; give"):
         Guide().run(program, PassContext())
     with pytest.raises(HikuiError, match=r"of memory are there; leave `guide` out of the recipe"):
         Guide().run(program, PassContext(data, memory=1000))
@@ -332,6 +331,19 @@ def test_the_weights_of_a_sample_are_those_of_its_tokens() -> None:
     for start in range(0, tokens, 123):
         held.add(torch.arange(start, min(start + 123, tokens)).float().unsqueeze(-1))
     assert torch.equal(weights_of_sample(torch.arange(tokens).float()), held.tokens().flatten())
+
+
+def test_noise_of_activations_is_weighed_as_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = canonical("llama")
+    data = calibration(program, 3, 24)
+    before = lower(program, "guide{power=1},calibrate{gram=true}", data)
+
+    def notes() -> list[str]:
+        return Awq(bits=3, group=32, activation_bits=4).run(before, PassContext(data)).notes
+
+    weighed = notes()
+    monkeypatch.setattr(awq, "weights_of_sample", lambda weights: torch.ones(len(weights_of_sample(weights))))
+    assert notes() != weighed
 
 
 def test_the_largest_seed_is_one() -> None:
