@@ -241,7 +241,7 @@ def test_what_was_finished_stays_until_the_artefact_is_there(
 
 def test_memory_that_is_not_there_is_refused_before_the_work(tiny: Path, stories: Path, tmp_path: Path) -> None:
     with pytest.raises(HikuiError, match=r"It needs about .* and 0.00 GB of memory are there; use fewer"):
-        lower(tiny, tmp_path / "out", recipe="gptq-3bit", calibration=stories, execution=Execution(memory=1000))
+        lower(tiny, tmp_path / "out", recipe="awq-4bit", calibration=stories, execution=Execution(memory=1000))
     assert not (tmp_path / "out").exists()
 
 
