@@ -4,7 +4,7 @@ Passes that learn something block by block evaluate the graph's own nodes. The `
 reference functions stand in for them, and what a quantised cache rounds is passed straight through.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from hikui.lowering.engine.streaming import sees_text
+from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir import dialect
 from hikui.lowering.ir.interpreter import empty_cache
 from hikui.lowering.ir.packed import PackedLinear
@@ -71,6 +72,21 @@ class BlockSpan:
     def without_gradient(self) -> fx.Node | None:
         """The first of the nodes that gradients cannot pass, or None."""
         return next((node for node in self.nodes if not _passes_gradients(node)), None)
+
+
+def require_gradients(among: Iterable[BlockSpan], name: str) -> None:
+    """Raises HikuiError where gradients cannot pass a span.
+
+    Args:
+        among: the spans.
+        name: of the pass that wants them.
+    """
+    for span in among:
+        if (barrier := span.without_gradient) is not None:
+            raise HikuiError(
+                f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; run "
+                f"{name} before `activation` and `fuse`."
+            )
 
 
 def spans(program: Program, chosen: Sequence[fx.Node]) -> list[BlockSpan]:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.packed import is_packed
 from hikui.lowering.ir.program import BLOCK, Program
 from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, text_dependent
@@ -54,21 +53,6 @@ def sections(program: Program, chosen: Sequence[fx.Node]) -> Sections:
     needed = _behind(logits, set(tail))
     head = [node for node in tail if node in needed]
     return Sections(spans, BlockSpan(head, program.output_node, [node for node in head if is_packed(node)], [logits]))
-
-
-def require_gradients(parts: Sections, name: str) -> None:
-    """Raises HikuiError where gradients cannot pass a block or the head.
-
-    Args:
-        parts: of a program.
-        name: of the pass that wants them.
-    """
-    for span in (*parts.blocks, parts.head):
-        if (barrier := span.without_gradient) is not None:
-            raise HikuiError(
-                f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; run "
-                f"{name} before `activation` and `fuse`."
-            )
 
 
 def without_head(parts: Sections, name: str) -> str | None:

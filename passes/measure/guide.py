@@ -23,8 +23,8 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by
-from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, require_gradients, sections, without_head
+from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by, require_gradients
+from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, sections, without_head
 from hikui.passes.graph import aten, float_sites, groups, is_weight, matrix_shape, same_size, shape, sites, weight_of
 from hikui.passes.measure.evidence import TOKEN_WEIGHT
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
@@ -55,7 +55,7 @@ class Guide(Pass):
     it, the Gram matrix of `calibrate` and the Hessian of `gptq` and `qep` among them.
 
     Attributes:
-        power: of the mean squared gradient: 1 is the Fisher information, 0 counts all tokens alike.
+        power: of the mean squared gradient: 1 is the Fisher information; near 0 tokens count alike.
         seed: of the labels.
     """
 
@@ -78,7 +78,8 @@ class Guide(Pass):
         if not float_sites(program):
             raise HikuiError("There is no unpacked linear site to weigh; run `canonicalise` first, and `rtn` later.")
         if chosen := self.chosen(program):
-            require_gradients(sections(program, chosen), self.name)
+            parts = sections(program, chosen)
+            require_gradients((*parts.blocks, parts.head), self.name)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Sends each text through the model and its gradients back.
@@ -105,16 +106,17 @@ class Guide(Pass):
         for name, members in groups(chosen).items():
             key = f"statistics/{name}/{TOKEN_WEIGHT}"
             weights = _tempered(torch.cat([of_text[name] for of_text in found]), self.power)
-            if not (key in work.store and torch.equal(work.store.load(key), weights)):
-                new = True
+            changed = not (key in work.store and torch.equal(work.store.load(key), weights))
+            if changed:
                 work.store.put(key, weights)
             for member in members:
                 node = nodes[member.name]
                 held = node.meta.get(STATISTICS, {})
-                new |= held.get(TOKEN_WEIGHT) != key
-                # What was summed before counted the tokens otherwise.
-                kept = {kind: place for kind, place in held.items() if kind != "gram"} if new else held
-                node.meta[STATISTICS] = {**kept, TOKEN_WEIGHT: key}
+                if changed or held.get(TOKEN_WEIGHT) != key:
+                    new = True
+                    # What was summed before counted the tokens otherwise.
+                    held = {kind: place for kind, place in held.items() if kind != "gram"}
+                node.meta[STATISTICS] = {**held, TOKEN_WEIGHT: key}
         if not new:
             return PassResult(program, False)
         return PassResult(work, True, [f"tokens of {len(found)} texts weighed for {len(groups(chosen))} activations"])
@@ -157,9 +159,9 @@ class _Backpropagation:
         self._first = parts.blocks[0]
         self._chain = Chain(program, parts, {text.shape[1] for text in self._texts})
         self._head = {site: multiply_by(_float_matrix(program, site)) for site in parts.head.sites}
-        self._matrices = {site: _float_matrix(program, site).to(_STORED) for site in _rounded(program)}
-        for site in chosen:
-            self._matrices[site] = program.store.load(program.weight_of(weight_of(site))).to(_STORED)
+        self._matrices = {
+            site: _float_matrix(program, site).to(_STORED) for span in parts.blocks for site in span.sites
+        }
 
     def run(self) -> list[dict[str, Tensor]]:
         """For each text and each group the mean squared gradient of each token: float32 [T]."""
@@ -249,7 +251,9 @@ def _rounded(program: Program) -> list[fx.Node]:
 
 
 def _float_matrix(program: Program, site: fx.Node) -> Tensor:
-    """What a packed site multiplies with in the float model, as far as it is still known."""
+    """What a site multiplies with in the float model, as far as it is still known."""
+    if site.target is not _LINEAR:
+        return program.store.load(program.weight_of(weight_of(site)))
     packed = PackedLinear.of(site)
     return packed.unrounded(program.store) if FLOAT_WEIGHT in site.meta else packed.dense(program.store)
 

@@ -21,7 +21,8 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.gradients.chain import Learned, Sections, require_gradients, sections, without_head
+from hikui.passes.gradients.block_training import require_gradients
+from hikui.passes.gradients.chain import Learned, Sections, sections, without_head
 from hikui.passes.graph import drop_weights, selected
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
@@ -99,7 +100,8 @@ class Distil(Pass):
                     f"Site {node.meta.get(SITE, node.name)} came packed, or what it was packed from is gone, so there "
                     "is no float model to learn from; run distil on a float checkpoint, before `dead_code`."
                 )
-        require_gradients(sections(program, chosen), self.name)
+        parts = sections(program, chosen)
+        require_gradients((*parts.blocks, parts.head), self.name)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Learns on all blocks at once; codes, one byte a weight, stay in memory.

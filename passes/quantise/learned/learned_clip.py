@@ -19,7 +19,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, Packed, pack
 from hikui.lowering.ir.program import CORRECTION, SITE, WEIGHT, Program
 from hikui.lowering.pipeline.contract import PassContext, PassResult
-from hikui.passes.gradients.block_training import BlockSpan, spans
+from hikui.passes.gradients.block_training import BlockSpan, require_gradients, spans
 from hikui.passes.graph import blocks, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite
 from hikui.passes.measure.footprint import Footprint, estimate, value_nbytes
@@ -76,12 +76,7 @@ class LearnedClip(DataFreeQuantiser):
                     f"Site {node.meta[SITE]} is marked by `qep`, and learned_clip learns on the float matrices; its "
                     "target is the float model's output already, so leave the site out of `qep` with skip."
                 )
-        for span in self.spans(program):
-            if (barrier := span.without_gradient) is not None:
-                raise HikuiError(
-                    f"{span.name.capitalize()} holds {barrier.target} ({barrier.name}), which gradients cannot pass; "
-                    "run learned_clip before `activation` and `fuse`."
-                )
+        require_gradients(self.spans(program), self.name)
 
     def spans(self, program: Program) -> list[BlockSpan]:
         """The blocks whose scales it learns."""
