@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +19,9 @@ import numpy as np
 from hikui.lowering.app.lower import BACKENDS, build, prepare
 from hikui.lowering.app.request import Request
 from hikui.lowering.app.runners import load
-from hikui.lowering.artefact.generate import generate
+from hikui.lowering.artefact import verify
+from hikui.lowering.artefact.generate import Runner, generate
+from hikui.lowering.artefact.manifest import Reference
 from hikui.lowering.artefact.target import machine_triple, resolve
 from hikui.lowering.artefact.text import TextCodec
 from hikui.lowering.errors import HikuiError
@@ -29,9 +32,6 @@ MODEL = "reference"
 RECIPE = "int4"
 PROMPT = "One day, a girl named"
 TOKENS = 64
-TIE = 1e-3
-"""Two logits closer than this part of the largest one are a tie."""
-
 CHAT_RECIPE = "rtn-4bit"
 """Rounding to nearest takes a minute of a real model; the recipe above, which learns, a quarter of an hour."""
 
@@ -52,23 +52,29 @@ def boards() -> Iterator[tuple[str, str | None]]:
             yield name, None
 
 
-def compare(reference: ReferenceRunner, prompt: list[int], expected: list[int], got: list[int]) -> tuple[bool, str]:
-    """Whether two continuations are the same, or part only where two tokens tie; and that in words.
+def compare(told: Reference, got: list[int], runner: Runner, allowed: float) -> tuple[bool, str]:
+    """Whether a runner continues a prompt as it should, and that in words.
 
-    Activations are rounded to 8 bits, so a difference in the last bit of a sum can round one of them the other way.
-    Where the two best logits lie closer than that moves them, either token is right, and another story follows.
+    Activations are rounded to 8 bits, so a difference in the last bit of a sum can round one of them the other way;
+    where the two best logits lie closer than that moves them, either token is right and another story follows. Then
+    the runner's logits along the story as it was told decide, by the measure of `hikui verify`.
+
+    Args:
+        told: the prompt with its continuation, and the interpreter's logits of it.
+        got: the runner's continuation.
+        runner: what gave it.
+        allowed: how far logits may be from the interpreter's, relative to the largest.
     """
+    expected = told.tokens[told.prompt :].tolist()
     if got == expected:
         return True, "same text"
-    step = next((i for i, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), None)
-    if step is None:
-        return False, f"DIFFERENT LENGTH: {len(got)} tokens"
-    reference.reset()
-    logits = reference.forward(np.array([*prompt, *expected[:step]]), 0)[-1]
-    gap = float(logits[expected[step]] - logits[got[step]]) / float(np.abs(logits).max())
-    if gap <= TIE:
-        return True, f"same text to token {step}, then a tie ({gap:.2%})"
-    return False, f"DIFFERENT from token {step} on ({gap:.2%} apart)"
+    same = next((i for i, pair in enumerate(zip(expected, got, strict=False)) if pair[0] != pair[1]), len(got))
+    apart = verify.difference(verify.logits(runner, told), told)
+    verdict = (
+        f"to token {same}, logits of the whole within {apart:.1%} of the interpreter's ({allowed:.1%} is rounding)"
+    )
+    # Written so that a NaN is a difference.
+    return (True, f"same text {verdict}") if apart <= allowed else (False, f"DIFFERENT: same text {verdict}")
 
 
 def chat(folder: Path) -> None:
@@ -107,6 +113,8 @@ def main(folder: Path) -> int:
     prompt = codec.encode_prompt(PROMPT)
     reference = ReferenceRunner(prepared.program)
     expected = generate(reference, prompt, max_new_tokens=TOKENS, stop=config.eos_token_ids).tokens
+    told = Reference(np.array([*prompt, *expected]), len(prompt), np.empty((0, 0), np.float32))
+    told = replace(told, logits=verify.logits(reference, told))
     print(f"{PROMPT}{codec.decode([*prompt, *expected]).removeprefix(PROMPT)}\n")
     print(f"{'interpreter':<30} {len(expected)} tokens, {time.perf_counter() - start:.0f} s", flush=True)
     equal = True
@@ -121,12 +129,13 @@ def main(folder: Path) -> int:
                 artefact = build(prepared, folder / f"{backend}-{target}", target=target, backend=backend)
                 with load(artefact.directory, emulate=target != "host") as model:
                     _, result = model.generate(PROMPT, max_new_tokens=TOKENS)
+                    allowed = verify.tolerance(model.artefact)
+                    right, verdict = compare(told, result.tokens, model.runner, allowed)
             except HikuiError as error:
                 if target == "host":
                     raise
                 print(f"{name:<30} left out: {error}", flush=True)
                 continue
-            right, verdict = compare(reference, prompt, expected, result.tokens)
             equal &= right
             sizes = artefact.manifest.sizes
             print(
@@ -135,7 +144,7 @@ def main(folder: Path) -> int:
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    print("\nAll texts are equal." if equal else "\nThe texts are not all equal.")
+    print("\nAll tell the same." if equal else "\nNot all tell the same.")
     chat(folder)
     return 0 if equal else 1
 
