@@ -38,7 +38,8 @@ class Fixed(Runner):
 
 @pytest.fixture(scope="module")
 def compare() -> Callable[[Reference, list[int], Runner, float], tuple[bool, str]]:
-    return runpy.run_path(str(EXAMPLE))["compare"]
+    found: Callable[[Reference, list[int], Runner, float], tuple[bool, str]] = runpy.run_path(str(EXAMPLE))["compare"]
+    return found
 
 
 def test_an_equal_continuation_is_the_same_text(compare: Callable[..., tuple[bool, str]]) -> None:
