@@ -157,8 +157,10 @@ class Stream:
         give_back()
 
     def value(self, number: int, node: fx.Node) -> Tensor:
-        """What a node gave for a text; it must be alive at this point."""
+        """What a node gave for a text, or its token ids; what a call gave must be alive at this point."""
         text = self._texts[number]
+        if node.name == self._tokens:
+            return text.tokens
         if text.file is None:
             return text.values[node.name]
         with safe_open(text.file, "pt") as file:

@@ -147,8 +147,10 @@ class TrainingBlock:
         self._calls = [node for node in span.nodes if node.name in changing]
         held, learned = set(self._calls), set(span.sites)
         operands = list(dict.fromkeys(operand for node in self._calls for operand in node.all_input_nodes))
-        self.inputs = [node for node in operands if node.name in changing and node not in held]
-        """What it reads of the calls before it, apart from what depends on a text's length alone."""
+        self.inputs = [
+            node for node in operands if node is self._tokens or (node.name in changing and node not in held)
+        ]
+        """What it reads of the calls before it, and the token ids if it does, but not what a length alone decides."""
         self.vectors = [node for node in operands if is_vector(node)]
         """The weights of one dimension that it reads: those of norms, and biases."""
         self._weights: dict[fx.Node, Tensor] = {}
@@ -160,7 +162,10 @@ class TrainingBlock:
             read = [user for user in node.users if user in held]
             if WEIGHT in node.meta and not all(_is_matrix(node, user, learned) for user in read):
                 self._weights[node] = self._load(node)
-        single = [node for node in operands if node.name not in changing and WEIGHT not in node.meta]
+        inputs = set(self.inputs)
+        single = [
+            node for node in operands if node.name not in changing and WEIGHT not in node.meta and node not in inputs
+        ]
         self._by_length = {} if fixed is None else fixed
         for length in sorted(lengths):
             known = self._by_length.setdefault(length, {})

@@ -103,7 +103,7 @@ class Chain:
 
     Attributes:
         head: behind the blocks; it is run on some tokens at a time.
-        inputs: what the first block reads.
+        inputs: what blocks and head read of what is made before the first block, the token ids among it.
         head_inputs: what the head reads.
         vectors: placeholders of the weights, float32 [width], that blocks and head read: those of norms, and biases.
     """
@@ -112,8 +112,15 @@ class Chain:
         fixed: dict[int, dict[fx.Node, object]] = {}
         self._blocks = [(span, TrainingBlock(program, span, lengths, fixed)) for span in parts.blocks]
         self.head = TrainingBlock(program, parts.head, {rows.stop - rows.start for n in lengths for rows in cuts(n)})
-        self.inputs = self._blocks[0][1].inputs
         self.head_inputs = self.head.inputs
+        made, before = set[fx.Node](), dict[fx.Node, None]()
+        for inputs, outputs in (
+            *((block.inputs, span.outputs) for span, block in self._blocks),
+            (self.head.inputs, []),
+        ):
+            before.update(dict.fromkeys(node for node in inputs if node not in made))
+            made.update(outputs)
+        self.inputs = list(before)
         read = [vector for block in (*(block for _, block in self._blocks), self.head) for vector in block.vectors]
         self.vectors = list(dict.fromkeys(read))
 
@@ -176,7 +183,7 @@ def cuts(count: int) -> list[slice]:
 
 
 def length(inputs: Mapping[fx.Node, Tensor]) -> int:
-    """Of a text, by what the first block reads of it: [1, T, width]."""
+    """Of a text, by what is read of what is before its blocks: [1, T, …]."""
     return next(iter(inputs.values())).shape[1]
 
 

@@ -178,7 +178,7 @@ class _Distillation:
         self._sizes = sizes + [self._stored[vector].numel() for vector in self._vectors]
 
     def _starts(self, parts: Sections) -> tuple[list[dict[fx.Node, Tensor]], list[dict[fx.Node, Tensor]]]:
-        """For each text what the first block reads, and what the head reads in the float model."""
+        """For each text what is read of what is before the blocks, and what the head reads in the float model."""
         found = []
         for span, read, as_float in (
             (parts.blocks[0], self._whole.inputs, False),

@@ -24,7 +24,7 @@ class EndToEnd:
     Attributes:
         products: of the sites of the blocks.
         vectors: as of `Chain`.
-        inputs: what the first block reads.
+        inputs: as of `Chain`.
         head_inputs: what the head reads.
     """
 
