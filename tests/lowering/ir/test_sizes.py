@@ -63,7 +63,7 @@ def test_without_a_model_the_weights_tell_how_many_parameters_there_are(prepared
 
 
 @pytest.mark.parametrize(
-    ("recipe", "copies"), [("int4", 1), ("int4-small", 1), ("gptq-3bit-small", 1), ("rotation-gptq-3bit", 2)]
+    ("recipe", "copies"), [("int4", 1), ("int4-small", 1), ("gptq-3bit", 1), ("rotation-gptq-3bit", 2)]
 )
 def test_a_tied_matrix_is_one_of_the_parameters_however_often_it_is_stored(
     recipe: str, copies: int, tmp_path: Path, stories: Path
