@@ -55,5 +55,6 @@ def test_another_story_is_right_only_where_its_logits_are(
     assert verdict.startswith("same text to token 2" if right else "DIFFERENT: same text to token 2")
 
 
-def test_a_continuation_that_ends_early_is_judged_by_its_logits(compare: Callable[..., tuple[bool, str]]) -> None:
-    assert compare(TOLD, [1, 2], Fixed(0.5), 0.05)[0] is False
+def test_right_logits_do_not_excuse_another_token_or_length(compare: Callable[..., tuple[bool, str]]) -> None:
+    assert compare(TOLD, [1, 2, 0], Fixed(0.2), 0.05)[0] is False
+    assert compare(TOLD, [1, 2], Fixed(0.0), 0.05) == (False, "DIFFERENT LENGTH: 2 tokens")

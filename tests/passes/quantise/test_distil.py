@@ -48,17 +48,18 @@ CROSSED = """program small context=48 vocabulary=24 T=1..48
   %tokens = input : i64[1, T]
   %past = input : i64[1]
   %x = aten.embedding(%e, %tokens) : f32[1, T, 32]
+  %g = aten.neg(%x) : f32[1, T, 32]
   %a = aten.linear(%x, %u) : f32[1, T, 32]  // site=a group=a block=0
   %s = aten.silu(%a) : f32[1, T, 32]  // block=0
   %y = aten.embedding(%f, %tokens) : f32[1, T, 32]  // block=1
   %z = aten.mul.Tensor(%s, %y) : f32[1, T, 32]  // block=1
   %b = aten.linear(%z, %v) : f32[1, T, 32]  // site=b group=b block=1
-  %c = aten.mul.Tensor(%b, %x) : f32[1, T, 32]  // block=1
-  %d = aten.add.Tensor(%c, %x) : f32[1, T, 32]
+  %c = aten.mul.Tensor(%b, %g) : f32[1, T, 32]  // block=1
+  %d = aten.add.Tensor(%c, %g) : f32[1, T, 32]
   %l = aten.linear(%d, %w) : f32[1, T, 24]  // site=head group=head
   return %l
 """
-"""A later block looks tokens up, and it and the head read what is before the first block."""
+"""A later block looks tokens up, and it and the head read what is before the first block, which itself does not."""
 QUICK = "distil{epochs=4,lr=0.01,batch=2}"
 
 
@@ -250,6 +251,15 @@ def test_nothing_is_changed_where_nothing_is_quantised_or_better() -> None:
     result = Distil(lr=100.0).run(before, PassContext(texts(before)))
     assert not result.modified and result.program is before
     assert "nothing was learned that is better" in result.notes[0]
+
+
+@pytest.mark.parametrize("pipeline", ["guide,calibrate{gram=true}", f"{ROUND},{QUICK}"])
+def test_passes_take_what_later_blocks_read_from_before_the_first(pipeline: str) -> None:
+    program, said = from_text(CROSSED, source="crossed", seed=0), list[str]()
+    context = PassContext(texts(program), warn=said.append)
+    found = Pipeline(parse_pipeline(pipeline, PASSES)).run(program, context)
+    assert to_text(found) != to_text(program)
+    assert not said
 
 
 def test_a_single_window_teaches_nothing() -> None:
