@@ -20,6 +20,7 @@ from hikui.passes.quantise.gptq import Gptq
 from hikui.passes.quantise.hqq import Hqq
 from hikui.passes.quantise.learned.distil import Distil
 from hikui.passes.quantise.learned.learned_clip import LearnedClip
+from hikui.passes.quantise.learned.qat import Qat
 from hikui.passes.quantise.mxfp4 import Mxfp4
 from hikui.passes.quantise.pack import Pack
 from hikui.passes.quantise.qep import Qep
@@ -56,6 +57,7 @@ __all__ = [
     "Mxfp4",
     "Override",
     "Pack",
+    "Qat",
     "Qep",
     "Rotate",
     "Rtn",
@@ -83,6 +85,7 @@ PASSES: tuple[type[Pass], ...] = (
     Mxfp4,
     Gptq,
     LearnedClip,
+    Qat,
     Distil,
     SubBranch,
     Activation,

@@ -78,16 +78,16 @@ class Learned(NamedTuple):
     """What is learned, or its gradients.
 
     Attributes:
-        scales: float32 [n, groups] of each site of the blocks.
+        sites: what is learned of each site of the blocks: its scales, float32 [n, groups], or its matrix, [n, k].
         vectors: float32 [width], by their placeholders.
     """
 
-    scales: dict[fx.Node, Tensor]
+    sites: dict[fx.Node, Tensor]
     vectors: dict[fx.Node, Tensor]
 
 
 SiteProduct = Callable[[fx.Node, Tensor | None], Product]
-"""What a site does, given its scales if they are learned."""
+"""What a site does, given what is learned of it, if anything is."""
 
 Loss = Callable[[Mapping[fx.Node, Tensor], slice, Mapping[fx.Node, Tensor]], Tensor]
 """What some tokens cost, by what the head reads of all of them, which they are, and the vectors: one number."""
@@ -130,13 +130,13 @@ class Chain:
 
         Args:
             inputs: the values of `inputs` for a text.
-            now: what stands in the places of scales and vectors.
+            now: what stands in the places of what is learned.
             product: of each chosen site of the blocks.
         """
         values = dict(inputs)
         for span, block in self._blocks:
             read = {node: values[node] for node in block.inputs}
-            products = {site: product(site, now.scales.get(site)) for site in span.sites}
+            products = {site: product(site, now.sites.get(site)) for site in span.sites}
             made = block.run(read, length(inputs), products, now.vectors)
             values |= zip(span.outputs, made, strict=True)
         return values
@@ -161,14 +161,14 @@ class Chain:
             total += part.detach()
         for span, block in reversed(self._blocks):
             read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
-            scales = _leaves({site: now.scales[site] for site in span.sites if site in now.scales})
+            learned = _leaves({site: now.sites[site] for site in span.sites if site in now.sites})
             with torch.enable_grad():
-                products = {site: product(site, scales.get(site)) for site in span.sites}
+                products = {site: product(site, learned.get(site)) for site in span.sites}
                 made = block.run(read, length(inputs), products, own)
             ends = [(value, reaching.pop(node, None)) for node, value in zip(span.outputs, made, strict=True)]
             _backwards(
                 [(value, of_value) for value, of_value in ends if of_value is not None],
-                [(read, reaching), (own, found.vectors), (scales, found.scales)],
+                [(read, reaching), (own, found.vectors), (learned, found.sites)],
             )
         return total, found
 

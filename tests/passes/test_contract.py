@@ -31,6 +31,7 @@ AFTER = {
     "mxfp4": "canonicalise",
     "gptq": "canonicalise,qep",
     "learned_clip{epochs=1}": "canonicalise",
+    "qat{lr=0.05}": "canonicalise,rtn{bits=2,group=32}",
     "distil{lr=0.02}": "canonicalise,rtn{bits=2,group=32}",
     "sub_branch{rank=2}": "canonicalise,calibrate,rtn",
     "activation": "canonicalise,rtn",

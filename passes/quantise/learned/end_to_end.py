@@ -1,6 +1,6 @@
 """How far a quantised model is from the float one, as a function of its scales and norms, with its gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -9,7 +9,6 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product, multiply_by
 from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, length
-from hikui.passes.quantise.learned.scaled_product import ScaledProduct
 
 
 class EndToEnd:
@@ -19,21 +18,22 @@ class EndToEnd:
         program: with packed sites; what they were packed from is still stored.
         parts: of the program.
         lengths: of the texts.
-        activation_bits: as of `ScaledProduct`.
+        products: of each site of the blocks, what it does for what is learned of it.
 
     Attributes:
-        products: of the sites of the blocks.
         vectors: as of `Chain`.
         inputs: as of `Chain`.
         head_inputs: what the head reads.
     """
 
-    def __init__(self, program: Program, parts: Sections, lengths: set[int], activation_bits: int) -> None:
-        self.products = {
-            site: ScaledProduct(program, PackedLinear.of(site), activation_bits)
-            for span in parts.blocks
-            for site in span.sites
-        }
+    def __init__(
+        self,
+        program: Program,
+        parts: Sections,
+        lengths: set[int],
+        products: Mapping[fx.Node, Callable[[Tensor], Product]],
+    ) -> None:
+        self._products = products
         self._chain = Chain(program, parts, lengths)
         self._rounded = {site: multiply_by(PackedLinear.of(site).dense(program.store)) for site in parts.head.sites}
         self._exact = {site: multiply_by(PackedLinear.of(site).unrounded(program.store)) for site in parts.head.sites}
@@ -64,9 +64,9 @@ class EndToEnd:
 
         return self._chain.gradients(inputs, now, self._product, loss)
 
-    def _product(self, site: fx.Node, scale: Tensor | None) -> Product:
-        assert scale is not None, "the scales of all sites are learned"
-        return self.products[site].at(scale)
+    def _product(self, site: fx.Node, learned: Tensor | None) -> Product:
+        assert learned is not None, "something is learned of all sites"
+        return self._products[site](learned)
 
     def _of_rows(
         self,

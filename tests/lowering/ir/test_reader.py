@@ -33,7 +33,7 @@ PIPELINES = {
     "rotate,calibrate,hqq{format=ternary-g32},activation{static=true},kv_cache{keys=channel,values=channel},fuse": (
         "qwen2",
     ),
-    "learned_clip{epochs=1},distil,embedding,activation{bits=4},dead_code": ("opt",),
+    "learned_clip{epochs=1},qat,distil,embedding,activation{bits=4},dead_code": ("opt",),
     "mxfp4,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
 }  # fmt: skip
 """What the passes leave, and the families in which it is tried."""

@@ -129,13 +129,14 @@ def test_a_product_and_its_gradients(name: str, bits: int) -> None:
 def whole(program: Program, text: Tensor) -> tuple[EndToEnd, dict[fx.Node, Tensor], dict[fx.Node, Tensor], Learned]:
     """What is evaluated, its inputs and targets for a text, and the program's own scales and vectors."""
     parts = sections(program, learned_sites(program))
-    held = EndToEnd(program, parts, {text.shape[1]}, 0)
+    products = {site: ScaledProduct(program, PackedLinear.of(site), 0) for site in learned_sites(program)}
+    held = EndToEnd(program, parts, {text.shape[1]}, {site: product.at for site, product in products.items()})
     found = []
     for span, read, as_float in ((parts.blocks[0], held.inputs, False), (parts.head, held.head_inputs, True)):
         with Stream(program, [text], as_float=as_float) as stream:
             stream.advance(span.nodes[0])
             found.append({node: stream.value(0, node) for node in read})
-    scales = {site: product.scale for site, product in held.products.items()}
+    scales = {site: product.scale for site, product in products.items()}
     vectors = {vector: program.store.load(program.weight_of(vector)) for vector in held.vectors}
     return held, found[0], found[1], Learned(scales, vectors)
 
@@ -165,7 +166,7 @@ def test_gradients_reach_every_scale_and_vector(family: str) -> None:
     (text,) = calibration(program, 1, 24).chunks
     held, inputs, targets, now = whole(program, text)
     _, found = held.gradients(inputs, targets, now)
-    assert found.scales.keys() == now.scales.keys() == set(learned_sites(program))
+    assert found.sites.keys() == now.sites.keys() == set(learned_sites(program))
     assert found.vectors.keys() == now.vectors.keys()
     for kind in (0, 1):
         for node, gradient in found[kind].items():
@@ -180,7 +181,7 @@ def test_gradients_reach_every_scale_and_vector(family: str) -> None:
             ends = []
             for sign in (1, -1):
                 changed = {**now[kind], node: value + sign * step * along}
-                moved = Learned(changed, now.vectors) if kind == 0 else Learned(now.scales, changed)
+                moved = Learned(changed, now.vectors) if kind == 0 else Learned(now.sites, changed)
                 ends.append(float(held.divergence(inputs, targets, moved)))
             # Of second order in the step, and of float32's last bits over it.
             slope = (ends[0] - ends[1]) / (2 * step)

@@ -1,0 +1,326 @@
+"""What passes share that learn a quantised model's own numbers by its divergence from the float model.
+
+The loss is KL(float‖quantised) of the next token, summed over the tokens of a text, after NanoQuant (arXiv 2602.06694);
+what is learned, and from which gradients, a `Student` says.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import cos, isfinite, pi
+
+import torch
+from torch import Tensor, fx
+from torch.optim import Adam
+
+from hikui.lowering.engine.streaming import Stream
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.memory import give_back
+from hikui.lowering.pipeline.contract import PassContext
+from hikui.passes.gradients.chain import Learned, Sections
+from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
+from hikui.passes.quantise.learned.end_to_end import EndToEnd
+
+_HELD_OUT = 8
+"""One text in so many is not learned on but judged by."""
+
+_EPOCHS = 1 << 20
+"""More epochs than any run has, so that each epoch of each seed has an order of its own."""
+
+_WARM = 8
+"""Steps at most in which the step size rises to its full height."""
+
+_BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a student learns.
+
+    Attributes:
+        name: of the pass.
+        epochs: how often all texts are gone through.
+        batch: texts for each step.
+        seed: of the order of the texts.
+        every: steps after which the student is judged and what was learned is kept for a later run.
+        judges: the most texts that are held out.
+        epsilon: of Adam, beside the size of a gradient.
+        shares: parts of the whole way that are judged at the end, and of all that was judged the best is kept; where
+            empty, the end is kept, if it is better than the beginning.
+    """
+
+    name: str
+    epochs: int
+    batch: int
+    seed: int
+    every: int
+    judges: int
+    epsilon: float
+    shares: tuple[float, ...]
+
+
+class Student(ABC):
+    """What is learned: something of the sites, and factors, all 1 at first, for weights of one dimension.
+
+    Args:
+        program: with packed sites.
+        whole: the model.
+        vectors: whether weights of one dimension are learned.
+
+    Attributes:
+        values: float32, what the optimiser moves: first what a subclass puts there, then the factors.
+        rates: Adam's step at its height for each of them.
+        whole: as given.
+        vectors: the placeholders of the weights of one dimension that are learned.
+    """
+
+    def __init__(self, program: Program, whole: EndToEnd, *, vectors: bool) -> None:
+        self.whole = whole
+        self.vectors = whole.vectors if vectors else []
+        self._stored = {vector: program.store.load(program.weight_of(vector)) for vector in whole.vectors}
+        self.values: list[Tensor] = []
+        self.rates: list[float] = []
+
+    def learn(self, values: Sequence[Tensor], rate: float) -> None:
+        """Adds to what is learned."""
+        self.values += values
+        self.rates += [rate] * len(values)
+
+    def learn_vectors(self, rate: float) -> None:
+        """Adds the factors of vectors, which come last."""
+        self.learn([torch.ones_like(self._stored[vector]) for vector in self.vectors], rate)
+
+    def learned(self, values: Sequence[Tensor]) -> Learned:
+        """What sites and vectors are for some values."""
+        factors = dict(zip(self.vectors, values[len(values) - len(self.vectors) :], strict=True))
+        vectors = {vector: stored * factors.get(vector, 1.0) for vector, stored in self._stored.items()}
+        return Learned(self.sites(values), vectors)
+
+    def gradients(self, values: Sequence[Tensor], found: Learned) -> list[Tensor]:
+        """The gradients for the values from those for what `learned` gave."""
+        of_vectors = [found.vectors[vector] * self._stored[vector] for vector in self.vectors]
+        return [*self.of_sites(values, found.sites), *of_vectors]
+
+    @abstractmethod
+    def sites(self, values: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+        """What sites are for some values."""
+
+    @abstractmethod
+    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """The gradients for all values but the factors of vectors."""
+
+    def confine(self) -> None:  # noqa: B027  (most values may be anything)
+        """Brings values back to where they may be, after a step."""
+
+
+class Distillation:
+    """One run; the program is only read.
+
+    Args:
+        course: how.
+        student: what.
+        program: with packed sites.
+        parts: of the program.
+        context: has the calibration text, of two windows or more.
+        workers: threads.
+    """
+
+    def __init__(
+        self,
+        course: Course,
+        student: Student,
+        program: Program,
+        parts: Sections,
+        context: PassContext,
+        workers: Workers,
+    ) -> None:
+        assert context.calibration is not None, "it was looked at before"
+        self._course, self._student, self._context, self._workers = course, student, context, workers
+        self._program, self._texts = program, list(context.calibration.chunks)
+        count = len(self._texts)
+        apart = max(_HELD_OUT, -(-count // course.judges))
+        self._judging = range(0, count, apart)
+        self._learning = [number for number in range(count) if number % apart]
+        self._inputs, self._targets = self._starts(parts)
+
+    def _starts(self, parts: Sections) -> tuple[list[dict[fx.Node, Tensor]], list[dict[fx.Node, Tensor]]]:
+        """For each text what is read of what is before the blocks, and what the head reads in the float model."""
+        found, whole = [], self._student.whole
+        for span, read, as_float in (
+            (parts.blocks[0], whole.inputs, False),
+            (parts.head, whole.head_inputs, True),
+        ):
+            stream = Stream(self._program, self._texts, self._workers, scratch=self._context.scratch, as_float=as_float)
+            with stream:
+                # Block by block, so that no more than one is in memory as floats.
+                for stop in (*(each.nodes[0] for each in parts.blocks[1:] if span is parts.head), span.nodes[0]):
+                    stream.advance(stop)
+                found.append(
+                    [{node: stream.value(number, node) for node in read} for number in range(len(self._texts))]
+                )
+        return found[0], found[1]
+
+    def run(self) -> tuple[Learned | None, str]:
+        """Learns; gives what is kept, None where nothing was better than what there was, and a note.
+
+        Raises:
+            HikuiError: the model, or a gradient, is not finite.
+        """
+        course, student = self._course, self._student
+        values = student.values
+        begin = [value.clone() for value in values] if course.shares else []
+        optimisers = [
+            Adam([value], lr=rate, betas=_BETAS, eps=course.epsilon, foreach=False)
+            for value, rate in zip(values, student.rates, strict=True)
+        ]
+        steps = course.epochs * -(-len(self._learning) // course.batch)
+        done, best, first, least = self._start(optimisers, begin)
+        for step in range(done, steps):
+            self._context.progress(course.name, step, steps)
+            self._descend(optimisers, self._batch(step), _height(step, steps))
+            finished = step + 1
+            if finished % course.every and finished != steps:
+                continue
+            if course.shares and (now := self._judge(values)) < least:
+                least, best = now, [value.clone() for value in values]
+            self._keep(finished, optimisers, best, (first, least))
+        self._context.progress(course.name, steps, steps)
+        share = 1.0
+        if not course.shares:
+            least, best = self._judge(values), values
+        for part in course.shares:
+            shorter = [torch.lerp(start, value, part) for start, value in zip(begin, values, strict=True)]
+            if (now := self._judge(shorter)) < least:
+                least, best, share = now, shorter, part
+        held_out = f"{len(self._judging)} held-out texts"
+        note = f"KL to the float model on {held_out}: {least:.4f} nats a token, {first:.4f} before"
+        if share < 1:
+            note += f"; {share:g} of the way that was gone"
+        if not least < first:
+            return None, f"{note}; nothing was learned that is better"
+        learned = student.learned(best)
+        return Learned(learned.sites, {vector: learned.vectors[vector] for vector in student.vectors}), note
+
+    def _start(self, optimisers: Sequence[Adam], begin: list[Tensor]) -> tuple[int, list[Tensor], float, float]:
+        """Steps done before, the best values so far, and the divergence at first and with these."""
+        values = self._student.values
+        if (kept := self._context.resume.load("state")) is None:
+            first = self._judge(values)
+            if not isfinite(first):
+                raise HikuiError(
+                    "The quantised model gives NaN or infinite values on the calibration text, so nothing can be "
+                    "learned; `hikui eval` of the float model shows whether it does so too."
+                )
+            return 0, begin, first, first
+        for number, (value, optimiser) in enumerate(zip(values, optimisers, strict=True)):
+            value.copy_(kept[f"value.{number}"])
+            names = ("step", "exp_avg", "exp_avg_sq")
+            optimiser.state[value] = {name: kept[f"{name}.{number}"] for name in names}
+        first, least = kept["divergences"].tolist()
+        return int(kept["done"]), [kept[f"best.{number}"] for number in range(len(begin))], first, least
+
+    def _keep(
+        self, finished: int, optimisers: Sequence[Adam], best: Sequence[Tensor], divergences: tuple[float, float]
+    ) -> None:
+        """Keeps all that a later run needs to go on from here."""
+        if not self._context.resume:
+            return
+        state = {"done": torch.tensor(finished), "divergences": torch.tensor(divergences, dtype=torch.float64)}
+        for number, (value, optimiser) in enumerate(zip(self._student.values, optimisers, strict=True)):
+            state[f"value.{number}"] = value
+            state |= {f"{name}.{number}": moment for name, moment in optimiser.state[value].items()}
+        state |= {f"best.{number}": value for number, value in enumerate(best)}
+        self._context.resume.save("state", state)
+
+    def _batch(self, step: int) -> list[int]:
+        """The texts of a step, in an order of each epoch's own."""
+        count, batch = len(self._learning), self._course.batch
+        epoch, at = divmod(step, -(-count // batch))
+        generator = torch.Generator().manual_seed((self._course.seed * _EPOCHS + epoch) % (1 << 63))
+        order = torch.randperm(count, generator=generator).tolist()
+        return [self._learning[index] for index in order[at * batch : (at + 1) * batch]]
+
+    def _judge(self, values: Sequence[Tensor]) -> float:
+        """The divergence a token on the held-out texts."""
+        now = self._student.learned(values)
+
+        def one(number: int) -> float:
+            return float(self._student.whole.divergence(self._inputs[number], self._targets[number], now))
+
+        return sum(self._workers.map(one, self._judging)) / self._tokens(self._judging)
+
+    def _descend(self, optimisers: Sequence[Adam], numbers: list[int], height: float) -> None:
+        """One step down the divergence a token of some texts."""
+        student = self._student
+        now = student.learned(student.values)
+
+        def one(number: int) -> Learned:
+            return student.whole.gradients(self._inputs[number], self._targets[number], now)[1]
+
+        total = Learned({}, {})
+        for found in self._workers.map(one, numbers):
+            for place, part in zip(total, found, strict=True):
+                for node, gradient in part.items():
+                    if node in place:
+                        place[node] += gradient
+                    else:
+                        place[node] = gradient
+        for place in total:
+            for node, gradient in place.items():
+                if not bool(gradient.isfinite().all()):
+                    raise HikuiError(
+                        f"The gradients of {node.meta.get(SITE, node.name)} are NaN or infinite on the calibration "
+                        "text; `hikui eval` of the float model shows whether its numbers are finite."
+                    )
+        tokens = self._tokens(numbers)
+        gradients = student.gradients(student.values, total)
+
+        def move(number: int) -> None:
+            optimiser, value = optimisers[number], student.values[number]
+            value.grad = gradients[number].div_(tokens)
+            for group in optimiser.param_groups:
+                group["lr"] = student.rates[number] * height
+            optimiser.step()
+            value.grad = None
+
+        self._workers.each(move, range(len(optimisers)))
+        student.confine()
+        give_back()
+
+    def _tokens(self, numbers: Sequence[int]) -> int:
+        return sum(self._texts[number].shape[1] for number in numbers)
+
+
+def _height(step: int, steps: int) -> float:
+    """Of the step size, over its full height."""
+    return min(1.0, (step + 1) / min(_WARM, steps)) * (1 + cos(pi * step / steps)) / 2
+
+
+def expect(parts: Sections, context: PassContext, workers: Workers, name: str, nbytes: int, block: int) -> None:
+    """Says what a distillation needs at once, and refuses what cannot fit.
+
+    Args:
+        parts: of the program.
+        context: has the texts.
+        workers: threads.
+        name: of the pass.
+        nbytes: of what is learned, and of what is made of it.
+        block: bytes that a worker needs of the sites of a block.
+
+    Raises:
+        HikuiError: there is not enough memory.
+    """
+    assert context.calibration is not None, "it was looked at before"
+    texts = context.calibration.chunks
+    # What the first block and the head read: one value a token each, as wide as what goes from block to block.
+    kept = 2 * sum(value_nbytes(node, text.shape[1]) for text in texts for node in parts.blocks[-1].outputs)
+    widest = max(text.shape[1] for text in texts)
+    values = max(sum(value_nbytes(node, widest) for node in span.nodes) for span in parts.blocks)
+    flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
+    peak = nbytes + workers.count * (2 * values + block + flowing) + kept
+    site = parts.blocks[0].sites[0] if parts.blocks[0].sites else parts.blocks[0].nodes[0]
+    footprint = Footprint(peak, 0, str(site.meta.get(SITE, site.name)), 0, kept)
+    context.announce(f"{name} needs {footprint}")
+    refuse_what_cannot_fit(footprint, context)

@@ -1,0 +1,127 @@
+"""A matrix of an integer format whose codes are the nearest to latent weights that gradients move."""
+
+from functools import cache
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hikui.lowering.formats import KINDS, quantize_activation, unpack_codes, unpack_scale
+from hikui.lowering.ir.packed import PackedLinear
+from hikui.lowering.ir.program import Program
+from hikui.passes.gradients.block_training import Product
+from hikui.passes.quantise.rounding import inverse, nearest
+
+_MARGIN = 0.02
+"""How far inside the cell of its code a latent begins at least, over the distance of two codes."""
+
+
+class LatentMatrix:
+    """ŵ = code(latent) · scale, and y = x̂·ŵᵀ + bias, as the packed site computes it.
+
+    A latent is in units of the mean distance of two codes.
+
+    Args:
+        program: holds the site's matrix, and what it was packed from.
+        packed: the site, of an integer format.
+        activation_bits: x̂ is x rounded to so many bits with one scale a token; 0 leaves it as it is.
+
+    Attributes:
+        format: of the site.
+        latent: float32 [n, padded k]: the float weight over its scale, or where that has another code than the site,
+            the nearest to it that has the site's. It is moved in place.
+        scale: float32 [n, groups], as stored.
+    """
+
+    def __init__(self, program: Program, packed: PackedLinear, activation_bits: int) -> None:
+        assert packed.scale is not None, "integer formats have scales"
+        n, k, fmt, store = packed.rows, packed.columns, packed.format, program.store
+        self.format, self._columns, self._bits = fmt, k, activation_bits
+        self._group, self._width = fmt.group_size(k), fmt.padded_k(k)
+        self.scale = unpack_scale(fmt, store.load(program.weight_of(packed.scale)), n, k)
+        self._parts = [(part.format.kind, slice(part.start, part.stop)) for part in fmt.segments(self._width)]
+        codes = F.pad(unpack_codes(fmt, store.load(program.weight_of(packed.weight)), n, k), (0, self._width - k))
+        self.latent = self._grouped(F.pad(packed.unrounded(store), (0, self._width - k)))
+        self.latent.mul_(inverse(self.scale).unsqueeze(-1))
+        self.latent = self.latent.flatten(1)
+        for kind, at in self._parts:
+            bounds = _cells(kind)[codes[:, at].long() + 128]
+            self.latent[:, at] = torch.minimum(
+                torch.maximum(self.latent[:, at].div(_unit(kind)), bounds[..., 0]), bounds[..., 1]
+            )
+
+    def _grouped(self, whole: Tensor) -> Tensor:
+        return whole.view(whole.shape[0], -1, self._group)
+
+    def _nearest(self, latent: Tensor) -> Tensor:
+        """The codes, as floats: [n, padded k]."""
+        parts = [nearest(latent[:, at] * _unit(kind), kind) for kind, at in self._parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+    def codes(self, latent: Tensor) -> Tensor:
+        """int8 [n, k]."""
+        return self._nearest(latent)[:, : self._columns].to(torch.int8)
+
+    def matrix(self, latent: Tensor, scale: Tensor) -> Tensor:
+        """ŵ for some scales, float32 [n, groups]: float32 [n, k]."""
+        whole = self._grouped(self._nearest(latent)).mul_(scale.unsqueeze(-1)).flatten(1)
+        return whole[:, : self._columns]
+
+    def gradients(self, latent: Tensor, scale: Tensor, of_matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """Those for the latents, straight through the rounding, and for the scales, from that for ŵ, [n, k]."""
+        whole = self._grouped(F.pad(of_matrix, (0, self._width - self._columns)))
+        of_scale = (whole * self._grouped(self._nearest(latent))).sum(-1)
+        of_latent = (whole * scale.unsqueeze(-1)).flatten(1)
+        for kind, at in self._parts:
+            of_latent[:, at] *= _unit(kind)
+        return of_latent, of_scale
+
+    def confine(self) -> None:
+        """Brings latents back into the cells of the codes."""
+        for kind, at in self._parts:
+            low, high = _limits(kind)
+            self.latent[:, at].clamp_(low, high)
+
+    def times(self, matrix: Tensor) -> Product:
+        """The product with a matrix, float32 [n, k]; rounding x is passed straight through to its gradient."""
+
+        def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
+            if self._bits:
+                codes, scale, _ = quantize_activation(x.detach(), self._bits)
+                x = x + (codes[..., : x.shape[-1]] * scale.unsqueeze(-1) - x.detach())
+            return F.linear(x, matrix, bias)
+
+        return multiply
+
+
+def _unit(kind: str) -> float:
+    """The mean distance of two codes."""
+    levels = KINDS[kind].levels
+    return (levels[-1] - levels[0]) / (len(levels) - 1)
+
+
+def _limits(kind: str) -> tuple[float, float]:
+    """Where latents may be, in their units: as far beyond the last codes as half way to the next, signs not beyond."""
+    levels = KINDS[kind].levels
+    beyond = 0.0 if len(levels) == 2 else 0.5
+    unit = _unit(kind)
+    return (
+        levels[0] / unit - beyond * (levels[1] - levels[0]) / unit,
+        levels[-1] / unit + beyond * (levels[-1] - levels[-2]) / unit,
+    )
+
+
+@cache
+def _cells(kind: str) -> Tensor:
+    """Where a latent may begin that has code c, at c + 128: float32 [256, 2], in its units."""
+    levels, unit = KINDS[kind].levels, _unit(kind)
+    low, high = _limits(kind)
+    borders = [low, *((a + b) / 2 / unit for a, b in pairwise(levels)), high]
+    table = torch.zeros(256, 2)
+    for index, code in enumerate(levels):
+        bottom, top = borders[index], borders[index + 1]
+        # Not at the outer ends, which belong to the last codes.
+        table[code + 128, 0] = bottom + (_MARGIN if index else 0.0)
+        table[code + 128, 1] = top - (_MARGIN if index < len(levels) - 1 else 0.0)
+    return table

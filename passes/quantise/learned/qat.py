@@ -1,0 +1,142 @@
+"""Training a quantised model with its rounding in the forward pass: codes, scales and norms by its own divergence.
+
+The latent weights behind the codes get the gradients of the rounded ones (the straight-through estimator of Bengio et
+al., 2013, arXiv 1308.3432), as in quantisation-aware training of language models (LLM-QAT, arXiv 2305.17888;
+EfficientQAT, arXiv 2407.11062, whose first stage trains them block by block). The teacher is the float model itself.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.errors import UsageError
+from hikui.lowering.formats import Packed, pack
+from hikui.lowering.ir.packed import PackedLinear
+from hikui.lowering.ir.program import Program
+from hikui.passes.gradients.chain import Learned, Sections
+from hikui.passes.quantise.learned.distillation import Course, Student
+from hikui.passes.quantise.learned.distiller import Distiller, as_stored, head_nbytes, put_in_place
+from hikui.passes.quantise.learned.end_to_end import EndToEnd
+from hikui.passes.quantise.learned.latent_matrix import LatentMatrix
+
+_EVERY = 64
+"""Steps after which what has been learned is kept for a later run: twelve bytes a weight."""
+
+_JUDGES = 16
+"""Texts held out at most: they are judged at the beginning and at the end alone."""
+
+_EPSILON = 1e-15
+"""The gradient of one weight of millions is far below what Adam usually has here."""
+
+_BYTES = 24
+"""A weight: latent, two moments, gradient, matrix and code."""
+
+
+@dataclass(frozen=True)
+class Qat(Distiller):
+    """Learns codes, scales and norms of a quantised model, end to end, by its divergence from the float one.
+
+    Each code is the nearest to a latent weight, which begins where the float weight is, or at the border of its code's
+    cell where the quantiser chose another one. Adam moves the latents by the gradients of the rounded weights, and
+    scales and norms by their own. What comes out is taken if it is nearer to the float model, on held-out text, than
+    what came in.
+
+    Attributes:
+        epochs: how often all texts are gone through.
+        lr: Adam's step at its height for a latent, relative to the distance of two codes; it falls to zero along a
+            cosine.
+        scale_lr: the same for scales and norms, relative to each of them.
+        batch: texts for each step.
+        vectors: whether norms and biases are learned too.
+        activation_bits: what a later `activation` will round to, so that the codes make up for that too; 0 for none.
+        sites: regular expression of the sites to learn on; empty is all.
+        skip: regular expression of the sites to leave as they are.
+        seed: of the order of the texts.
+    """
+
+    name: ClassVar[str] = "qat"
+    learns: ClassVar[str] = "codes, scales and norms"
+    lr: float = 0.004
+    scale_lr: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.scale_lr > 0:
+            raise UsageError(f"qat cannot learn scales at a rate of {self.scale_lr:g}; scale_lr is above 0.")
+
+    def course(self) -> Course:
+        """Where it ends is what counts: its steps fall to nothing."""
+        return Course(self.name, self.epochs, self.batch, self.seed, _EVERY, _JUDGES, _EPSILON, ())
+
+    def student(self, program: Program, parts: Sections, lengths: set[int]) -> Student:
+        """Latent weights, factors of scales and of vectors."""
+        return _Latents(self, program, parts, lengths)
+
+    def nbytes(self, parts: Sections, workers: int) -> tuple[int, int]:
+        """Latents, their moments and gradients; the gradients of the texts in hand; the head."""
+        sites = [PackedLinear.of(site) for span in parts.blocks for site in span.sites]
+        weights = sum(packed.rows * packed.columns for packed in sites)
+        # Workers are ahead of what is added up by as many texts as there are of them.
+        return weights * (_BYTES + 4 * (2 * workers + 1)) + head_nbytes(parts), 0
+
+    def store(self, work: Program, student: Student, learned: Learned) -> None:
+        """Codes, scales and vectors."""
+        assert isinstance(student, _Latents), "it is this pass's own"
+        nodes = {node.name: node for node in work.graph.nodes}
+        for site, packed in student.packed():
+            held = PackedLinear.of(nodes[site.name])
+            assert held.scale is not None and packed.scale is not None, "integer formats have scales"
+            put_in_place(work, held.weight, packed.weight, "trained")
+            put_in_place(work, held.scale, packed.scale, "trained")
+        for vector, value in learned.vectors.items():
+            put_in_place(work, nodes[vector.name], value, "trained")
+
+
+class _Latents(Student):
+    """Latent weights, and factors, all 1 at first, for scales."""
+
+    def __init__(self, options: Qat, program: Program, parts: Sections, lengths: set[int]) -> None:
+        packed = {site: PackedLinear.of(site) for span in parts.blocks for site in span.sites}
+        self._matrices = {site: LatentMatrix(program, held, options.activation_bits) for site, held in packed.items()}
+        whole = EndToEnd(program, parts, lengths, {site: held.times for site, held in self._matrices.items()})
+        super().__init__(program, whole, vectors=options.vectors)
+        self.learn([held.latent for held in self._matrices.values()], options.lr)
+        self.learn([torch.ones_like(held.scale) for held in self._matrices.values()], options.scale_lr)
+        self.learn_vectors(options.scale_lr)
+
+    def _pairs(self, values: Sequence[Tensor]) -> Iterator[tuple[fx.Node, LatentMatrix, Tensor, Tensor]]:
+        """Each site with its latent and the factors of its scales."""
+        count = len(self._matrices)
+        for (site, held), latent, factor in zip(
+            self._matrices.items(), values[:count], values[count : 2 * count], strict=True
+        ):
+            yield site, held, latent, factor
+
+    def sites(self, values: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+        """The rounded matrices."""
+        return {
+            site: held.matrix(latent, as_stored(held.scale * factor))
+            for site, held, latent, factor in self._pairs(values)
+        }
+
+    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        """Those for latents, straight through the rounding, and those for the factors."""
+        of_latents, of_factors = [], []
+        for site, held, latent, factor in self._pairs(values):
+            of_latent, of_scale = held.gradients(latent, as_stored(held.scale * factor), found[site])
+            of_latents.append(of_latent)
+            of_factors.append(of_scale * held.scale)
+        return of_latents + of_factors
+
+    def confine(self) -> None:
+        """A latent far beyond the last code would take long to come back."""
+        for held in self._matrices.values():
+            held.confine()
+
+    def packed(self) -> Iterator[tuple[fx.Node, Packed]]:
+        """The sites as they are now."""
+        for site, held, latent, factor in self._pairs(self.values):
+            yield site, pack(held.format, held.codes(latent), as_stored(held.scale * factor))

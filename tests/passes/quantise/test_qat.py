@@ -1,0 +1,281 @@
+"""qat: latents against the codes they stand for, gradients against their formulas, and what a run must leave alike."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from hikui.lowering.engine.resume import Resume
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import KINDS, quantize_activation
+from hikui.lowering.ir.interpreter import Interpreter
+from hikui.lowering.ir.packed import PackedLinear
+from hikui.lowering.ir.printer import to_text
+from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.pipeline.contract import Calibration, PassContext
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
+from hikui.models.synthetic import FAMILIES
+from hikui.passes import PASSES, Qat
+from hikui.passes.quantise.learned import qat
+from hikui.passes.quantise.learned.latent_matrix import LatentMatrix
+from tests.passes.helpers import calibration, canonical, lower, random
+
+FORMATS = ["sign-g32", "int2-g32", "ternary-g64", "int3-g64", "int4-g64", "nf4-g32", "fp4-g32", "int8-channel", "mixed"]
+ROUND = "rtn{bits=2,group=32}"
+QUICK = "qat{epochs=4,lr=0.02,scale_lr=0.005,batch=4}"
+
+
+def texts(program: Program, count: int = 33) -> Calibration:
+    """Texts of one length and a shorter one."""
+    *whole, last = calibration(program, count, 24).chunks
+    return Calibration((*whole, last[:, :9]), "dice")
+
+
+def rounded(family: str = "llama", pipeline: str = ROUND) -> Program:
+    return lower(canonical(family), pipeline)
+
+
+def trained(program: Program, pipeline: str = QUICK, **options: object) -> Program:
+    context = PassContext(texts(program), **options)  # type: ignore[arg-type]
+    return Pipeline(parse_pipeline(pipeline, PASSES)).run(program, context)
+
+
+def log_probabilities(program: Program, text: Tensor) -> Tensor:
+    interpreter = Interpreter(program)
+    return interpreter.run(text, 0, interpreter.new_caches())[0].double().log_softmax(-1)
+
+
+def divergence(exact: Program, program: Program, chunks: tuple[Tensor, ...]) -> float:
+    """A token."""
+    total = tokens = 0.0
+    for text in chunks:
+        wanted, given = log_probabilities(exact, text), log_probabilities(program, text)
+        total, tokens = total + float((wanted.exp() * (wanted - given)).sum()), tokens + text.shape[1]
+    return total / tokens
+
+
+def packed_site(name: str) -> tuple[Program, fx.Node]:
+    """A program with a site of some format, and that site; GPTQ's codes are often not the nearest."""
+    exact = canonical("llama")
+    how = "calibrate,mixed{group=32},gptq" if name == "mixed" else f"gptq{{format={name}}}"
+    program = lower(exact, how, texts(exact))
+    found = [site for site in Qat().chosen(program) if str(PackedLinear.of(site).format).startswith(name)]
+    return program, found[0]
+
+
+# ── one site ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_latents_begin_where_the_site_is(name: str) -> None:
+    program, site = packed_site(name)
+    packed = PackedLinear.of(site)
+    held = LatentMatrix(program, packed, 0)
+    n, k, fmt = packed.rows, packed.columns, packed.format
+    assert torch.equal(held.matrix(held.latent, held.scale), packed.dense(program.store))
+
+    # By hand, weight by weight: the weight over its scale, brought into the cell of its code.
+    weight, scale = packed.unrounded(program.store).double(), held.scale.double()
+    codes = held.codes(held.latent)
+    draws = torch.randint(n * k, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    moved = 0
+    for at in draws:
+        row, column = divmod(at, k)
+        part = next(part for part in fmt.segments(fmt.padded_k(k)) if part.start <= column < part.stop)
+        levels = KINDS[part.format.kind].levels
+        unit = (levels[-1] - levels[0]) / (len(levels) - 1)
+        code = int(codes[row, column])
+        index = levels.index(code)
+        below = (levels[index - 1] + code) / 2 + 0.02 * unit if index else -1e9
+        above = (levels[index + 1] + code) / 2 - 0.02 * unit if index + 1 < len(levels) else 1e9
+        edge = 0.0 if len(levels) == 2 else 0.5
+        low, high = levels[0] - edge * (levels[1] - levels[0]), levels[-1] + edge * (levels[-1] - levels[-2])
+        wanted = float(weight[row, column] / scale[row, column // fmt.group_size(k)])
+        inside = min(max(wanted, below, low), above, high)
+        moved += inside != wanted
+        assert float(held.latent[row, column]) * unit == pytest.approx(inside, rel=1e-5, abs=1e-5)
+    assert 0 < moved < len(draws) or name in ("sign-g32", "int8-channel")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_gradients_go_straight_through_the_rounding(name: str) -> None:
+    program, site = packed_site(name)
+    packed = PackedLinear.of(site)
+    held = LatentMatrix(program, packed, 0)
+    n, k, fmt = packed.rows, packed.columns, packed.format
+    of_matrix = random(n, k, seed=1)
+    of_latent, of_scale = held.gradients(held.latent, held.scale, of_matrix)
+    group = fmt.group_size(k)
+    for part in fmt.segments(fmt.padded_k(k)):
+        levels = KINDS[part.format.kind].levels
+        unit = (levels[-1] - levels[0]) / (len(levels) - 1)
+        for start in range(part.start, min(part.stop, k), group):
+            columns = slice(start, min(start + group, k))
+            scale = held.scale[:, start // group].double()
+            expected = of_matrix[:, columns].double() * scale[:, None] * unit
+            assert torch.allclose(of_latent[:, columns].double(), expected, rtol=1e-5, atol=1e-7)
+            codes = held.codes(held.latent)[:, columns].double()
+            expected = (of_matrix[:, columns].double() * codes).sum(1)
+            assert torch.allclose(of_scale[:, start // group].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_the_product_rounds_what_it_reads(bits: int) -> None:
+    program, site = packed_site("int2-g32")
+    packed = PackedLinear.of(site)
+    held = LatentMatrix(program, packed, bits)
+    x, bias = random(2, 3, packed.columns, seed=2).requires_grad_(), random(packed.rows, seed=3)
+    matrix = packed.dense(program.store)
+    y = held.times(matrix)(x, bias)
+    read = x.detach().double()
+    if bits:
+        codes, scale, _ = quantize_activation(x.detach(), bits)
+        read = codes[..., : packed.columns].double() * scale.double().unsqueeze(-1)
+    assert torch.allclose(y.double(), read @ matrix.double().t() + bias.double(), rtol=1e-5, atol=1e-5)
+    outer = random(*y.shape, seed=4)
+    (of_x,) = torch.autograd.grad((y * outer).sum(), x)
+    assert torch.allclose(of_x, outer @ matrix, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_latents_stay_near_the_codes(name: str) -> None:
+    program, site = packed_site(name)
+    held = LatentMatrix(program, PackedLinear.of(site), 0)
+    for sign in (1, -1):
+        held.latent.fill_(sign * 1e6)
+        held.confine()
+        fmt = held.format
+        for part in fmt.segments(fmt.padded_k(PackedLinear.of(site).columns)):
+            levels = KINDS[part.format.kind].levels
+            unit = (levels[-1] - levels[0]) / (len(levels) - 1)
+            last = levels[-1 if sign == 1 else 0]
+            near = held.latent[:, part.start : part.stop] * unit
+            assert bool((held.codes(held.latent)[:, part.start : part.stop] == last).all())
+            assert float((near - last).abs().max()) <= 2 * unit
+
+
+# ── a run ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_comes_nearer_to_the_float_model(family: str) -> None:
+    exact, before = canonical(family), rounded(family)
+    chunks = calibration(exact, 36, 24).chunks
+    after = Pipeline(parse_pipeline(QUICK, PASSES)).run(before, PassContext(Calibration(chunks[:33])))
+    assert divergence(exact, after, chunks[33:]) < 0.97 * divergence(exact, before, chunks[33:])
+    changed = 0
+    for old, new in zip(Qat().chosen(before), Qat().chosen(after), strict=True):
+        assert old.meta[SITE] == new.meta[SITE] and PackedLinear.of(old).format == PackedLinear.of(new).format
+        one, two = (program.store.load(program.weight_of(PackedLinear.of(node).weight))
+                    for program, node in ((before, old), (after, new)))  # fmt: skip
+        changed += int((one != two).sum())
+    assert changed
+
+
+def test_what_the_note_says_is_what_was_kept() -> None:
+    exact, before = canonical("llama"), rounded()
+    result = Qat(epochs=2, lr=0.02, batch=2).run(before, PassContext(texts(exact)))
+    found = re.fullmatch(r"KL .* on 5 held-out texts: (\S+) nats a token, (\S+) before", result.notes[0])
+    assert found is not None, result.notes
+    held_out = texts(exact).chunks[::8]
+    assert divergence(exact, before, held_out) == pytest.approx(float(found[2]), rel=5e-3)
+    assert divergence(exact, result.program, held_out) == pytest.approx(float(found[1]), rel=5e-3)
+
+
+def test_few_texts_are_held_out_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qat, "_JUDGES", 3)
+    before = rounded()
+    (note,) = Qat().run(before, PassContext(texts(before))).notes
+    assert "on 3 held-out texts" in note
+
+
+def test_text() -> None:
+    text = to_text(trained(rounded()))
+    assert '"model.layers.0.mlp.up_proj.weight.int2-g32.scale.trained" : f16[8, 2, 16]' in text
+    assert '"model.layers.0.mlp.up_proj.weight.int2-g32.trained" : u8[8, 4, 16, 4]' in text
+    assert '"model.norm.weight.trained"' in text
+    assert '.scale" : f16' not in text.replace('lm_head.weight.int2-g32.scale"', "")
+
+
+def test_sites_and_vectors_that_are_left_out() -> None:
+    before = rounded()
+    after = trained(before, "qat{epochs=4,lr=0.02,vectors=false,skip=mlp}")
+    assert "norm.weight.trained" not in to_text(after)
+    for node in Qat().chosen(after):
+        key = after.weight_of(PackedLinear.of(node).weight)
+        assert key.endswith(".trained") == ("mlp" not in node.meta[SITE])
+
+
+def test_nothing_is_changed_where_nothing_is_quantised_or_better() -> None:
+    exact = canonical("llama")
+    result = Qat().run(exact, PassContext(texts(exact)))
+    assert not result.modified and result.program is exact
+    before = rounded()
+    result = Qat(lr=100.0).run(before, PassContext(texts(before)))
+    assert not result.modified and result.program is before
+    assert "nothing was learned that is better" in result.notes[0]
+
+
+def test_workers_do_not_matter_and_runs_are_alike() -> None:
+    before = rounded()
+    one, two = trained(before, workers=1), trained(before, workers=2)
+    assert to_text(one) == to_text(two)
+    for key in one.store.keys():
+        assert torch.equal(one.store.load(key), two.store.load(key)), key
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(Exception):
+        pass
+
+    def progress(name: str, done: int, total: int) -> None:
+        if done == 13:
+            raise KilledError
+
+    monkeypatch.setattr(qat, "_EVERY", 8)
+    before = rounded()
+    whole_run = trained(before)
+    resume = Resume(tmp_path)
+    with pytest.raises(KilledError):
+        trained(before, resume=resume, progress=progress)
+    seen: list[int] = []
+    again = trained(before, resume=resume, progress=lambda name, done, total: seen.append(done))
+    assert min(seen) == 8
+    assert to_text(whole_run) == to_text(again)
+    for key in whole_run.store.keys():
+        assert torch.equal(whole_run.store.load(key), again.store.load(key)), key
+
+
+def test_what_later_passes_make_of_it() -> None:
+    before = rounded()
+    after = trained(before, f"{QUICK},pack{{format=float32}},activation{{bits=8}},fuse,dead_code")
+    (text,) = calibration(after, 1, 24).chunks
+    learned, lowered = log_probabilities(trained(before), text), log_probabilities(after, text)
+    # Int8 activations alone move the logits.
+    assert float((lowered - learned).norm() / learned.norm()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"epochs": 0}, "qat cannot take epochs=0; give 1 or more"),
+        ({"lr": 0.0}, "qat cannot learn at a rate of 0; lr is above 0"),
+        ({"scale_lr": -1.0}, "scale_lr is above 0"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        Qat(**options)  # type: ignore[arg-type]
+
+
+def test_refusals() -> None:
+    before = rounded()
+    with pytest.raises(HikuiError, match="It learns from text and none was given"):
+        Qat().run(before, PassContext())
+    with pytest.raises(HikuiError, match=r"of memory are there; use fewer or shorter"):
+        Qat().run(before, PassContext(texts(before), memory=1000))
+    with pytest.raises(HikuiError, match="run qat on a float checkpoint"):
+        Qat().requires(lower(before, "dead_code"))
