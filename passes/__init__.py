@@ -14,6 +14,7 @@ from hikui.passes.precision.assign import Assign
 from hikui.passes.precision.mixed import Mixed
 from hikui.passes.precision.override import Override
 from hikui.passes.precision.sensitivity import Sensitivity
+from hikui.passes.precision.trial import Trial
 from hikui.passes.quantise.adopt import Adopt
 from hikui.passes.quantise.embedding import Embedding
 from hikui.passes.quantise.gptq import Gptq
@@ -64,6 +65,7 @@ __all__ = [
     "Sensitivity",
     "Smooth",
     "SubBranch",
+    "Trial",
     "available",
 ]
 
@@ -75,6 +77,7 @@ PASSES: tuple[type[Pass], ...] = (
     Smooth,
     Awq,
     Sensitivity,
+    Trial,
     Override,
     Adopt,
     Assign,

@@ -125,16 +125,19 @@ class Chain:
         self.vectors = list(dict.fromkeys(read))
 
     @torch.no_grad()
-    def forwards(self, inputs: Mapping[fx.Node, Tensor], now: Learned, product: SiteProduct) -> dict[fx.Node, Tensor]:
+    def forwards(
+        self, inputs: Mapping[fx.Node, Tensor], now: Learned, product: SiteProduct, first: int = 0
+    ) -> dict[fx.Node, Tensor]:
         """What goes from block to block, and to the head.
 
         Args:
-            inputs: the values of `inputs` for a text.
+            inputs: the values of `inputs` for a text, and of what the blocks before `first` make.
             now: what stands in the places of what is learned.
             product: of each chosen site of the blocks.
+            first: the first block that is run.
         """
         values = dict(inputs)
-        for span, block in self._blocks:
+        for span, block in self._blocks[first:]:
             read = {node: values[node] for node in block.inputs}
             products = {site: product(site, now.sites.get(site)) for site in span.sites}
             made = block.run(read, length(inputs), products, now.vectors)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
+from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.program import FIXED, FORMAT, SENSITIVITY, SITE, Program
+from hikui.lowering.ir.program import BLOCK, FIXED, FORMAT, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
@@ -18,8 +19,9 @@ from hikui.passes.precision.candidates import parse_formats, tied_nbytes
 
 @dataclass(frozen=True)
 class Assign(Pass):
-    """Gives every unpacked site one of the candidate formats; tied sites get the same one.
+    """Gives every unpacked site one of the candidate formats.
 
+    Where one of these is mixed, sites that read one activation get the same, since they share the order of its columns.
     What `override` has fixed stays, and its bits count.
 
     Attributes:
@@ -29,6 +31,7 @@ class Assign(Pass):
             looking at them (the baseline to beat); `uniform` gives `format` to all, whatever the budget.
         format: for `uniform`.
         seed: for `random`.
+        over: `all` sites, or those in `blocks` alone: then the others, such as the head, are left as they are.
     """
 
     name: ClassVar[str] = "assign"
@@ -38,6 +41,7 @@ class Assign(Pass):
     mode: Literal["optimal", "random", "uniform"] = "optimal"
     format: str = "int8-g64"
     seed: int = 0
+    over: Literal["all", "blocks"] = "all"
 
     def __post_init__(self) -> None:
         if not self.target_bpw > 0:
@@ -45,18 +49,23 @@ class Assign(Pass):
         parse_formats(self.formats)
         Format.parse(self.format)
 
+    def chosen(self, program: Program) -> list[fx.Node]:
+        """The unpacked sites that the budget is for, in graph order."""
+        return [node for node in float_sites(program) if self.over == "all" or BLOCK in node.meta]
+
     def requires(self, program: Program) -> None:
         """Raises HikuiError where sites, or sensitivities of the candidates, are missing."""
-        found = float_sites(program)
+        found = self.chosen(program)
         if not found:
-            raise HikuiError("There is no unpacked linear site; run `canonicalise` first, and `rtn` later.")
+            where = "" if self.over == "all" else " in a block"
+            raise HikuiError(f"There is no unpacked linear site{where}; run `canonicalise` first, and `rtn` later.")
         if self.mode == "optimal":
             for node in found:
                 for fmt in parse_formats(self.formats):
                     if FIXED not in node.meta and str(fmt) not in node.meta.get(SENSITIVITY, {}):
                         raise HikuiError(
-                            f"Site {node.meta[SITE]} has no sensitivity for {fmt}; run `sensitivity` with this format "
-                            "first."
+                            f"Site {node.meta[SITE]} has no sensitivity for {fmt}; run `sensitivity` or `trial` with "
+                            "this format first."
                         )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
@@ -69,7 +78,7 @@ class Assign(Pass):
         choices = self._choices(work)
         picks = self._pick(choices)
         changed = False
-        nodes = {node.meta[SITE]: node for node in float_sites(work)}
+        nodes = {node.meta[SITE]: node for node in self.chosen(work)}
         for choice, pick in zip(choices, picks, strict=True):
             for site in choice.sites:
                 changed |= nodes[site].meta.get(FORMAT) != choice.formats[pick]
@@ -79,17 +88,16 @@ class Assign(Pass):
         return PassResult(work, True, self._notes(choices, picks))
 
     def _choices(self, program: Program) -> list[Candidates]:
-        """One choice a tied group; the members that `override` has fixed are choices of their own."""
+        """One choice a site, and one for those that must be alike; those that `override` has fixed have none."""
         out = []
-        names = [str(fmt) for fmt in parse_formats(self.formats)]
-        if self.mode == "uniform":
-            names = [str(Format.parse(self.format))]
-        for members in groups(float_sites(program)).values():
+        names = self._names()
+        for members in groups(self.chosen(program)).values():
             fixed = [node for node in members if FIXED in node.meta]
             free = [node for node in members if FIXED not in node.meta]
+            alike = [free] if self._ties() else [[node] for node in free]
             for tied, formats in [
                 *(([node], [node.meta[FIXED]]) for node in fixed),
-                (free, names),
+                *((tied, names) for tied in alike),
             ]:
                 if not tied:
                     continue
@@ -105,6 +113,15 @@ class Assign(Pass):
                     )
                 )
         return out
+
+    def _names(self) -> list[str]:
+        """The candidates."""
+        listed = parse_formats(self.formats) if self.mode != "uniform" else [Format.parse(self.format)]
+        return [str(fmt) for fmt in listed]
+
+    def _ties(self) -> bool:
+        """Whether sites that read one activation must have one format."""
+        return any(Format.parse(name).is_mixed for name in self._names())
 
     def _pick(self, choices: Sequence[Candidates]) -> list[int]:
         if self.mode == "uniform":
@@ -132,12 +149,12 @@ class Assign(Pass):
         return notes + [f"{name}: {counts[name]} sites" for name in sorted(counts)]
 
     def ensures(self, program: Program) -> None:
-        """Every unpacked site has a format, tied sites the same one, and the budget holds."""
+        """Every site has a format, sites that must be alike the same one, and the budget holds."""
         nbytes = weights = 0
-        for members in groups(float_sites(program)).values():
+        for members in groups(self.chosen(program)).values():
             if any(FORMAT not in node.meta for node in members):
                 raise VerificationError(f"Site {members[0].meta[SITE]} or one tied to it has no format.")
-            if len({node.meta[FORMAT] for node in members if FIXED not in node.meta}) > 1:
+            if self._ties() and len({node.meta[FORMAT] for node in members if FIXED not in node.meta}) > 1:
                 raise VerificationError(f"Site {members[0].meta[SITE]} and those tied to it have different formats.")
             shapes = [matrix_shape(node) for node in members]
             nbytes += tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], shapes)

@@ -21,6 +21,7 @@ AFTER = {
     "smooth": "canonicalise,calibrate",
     "awq": "canonicalise,calibrate{gram=true}",
     "sensitivity": "canonicalise,calibrate",
+    "trial{texts=2}": "canonicalise",
     "override{sites=q_proj}": "canonicalise",
     "adopt": "canonicalise",
     "assign{target_bpw=7.5}": "canonicalise,calibrate,sensitivity",

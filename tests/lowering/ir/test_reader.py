@@ -34,7 +34,7 @@ PIPELINES = {
         "qwen2",
     ),
     "learned_clip{epochs=1},qat,distil,embedding,activation{bits=4},dead_code": ("opt",),
-    "mxfp4,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
+    "trial{texts=1},mxfp4,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
 }  # fmt: skip
 """What the passes leave, and the families in which it is tried."""
 

@@ -147,15 +147,44 @@ def loss(program: Program) -> float:
 
 @pytest.mark.parametrize("mode", ["optimal", "random,seed=3"])
 @pytest.mark.parametrize("target", [6.1, 7.3, 9.5])
-def test_budget_ties_and_the_bits_really_stored(mode: str, target: float) -> None:
+def test_the_budget_and_the_bits_really_stored(mode: str, target: float) -> None:
     program = assigned(f"target_bpw={target},mode={mode}")
-    by_group: dict[str, set[str]] = {}
-    for node in sites(program):
-        by_group.setdefault(node.meta[GROUP], set()).add(node.meta[FORMAT])
-    assert all(len(formats) == 1 for formats in by_group.values())
+    assert target < 7 or any(len(formats) > 1 for formats in by_group(program).values())
     stored = sizes.measure(lower(program, "rtn,activation,fuse,dead_code"))
     assert stored.true_bpw <= target
     assert {site.name: site.format for site in stored.sites} == {n.meta[SITE]: n.meta[FORMAT] for n in sites(program)}
+
+
+def by_group(program: Program) -> dict[str, set[str]]:
+    """The formats that sites have which read one activation."""
+    found: dict[str, set[str]] = {}
+    for node in sites(program):
+        found.setdefault(node.meta[GROUP], set()).add(node.meta[FORMAT])
+    return found
+
+
+@pytest.mark.parametrize("mode", ["optimal", "random,seed=3"])
+@pytest.mark.parametrize("target", [2.6, 3.6])
+def test_sites_that_share_an_order_of_columns_are_alike(mode: str, target: float) -> None:
+    program = canonical("llama")
+    formats = "formats=mixed-g32-c32|sign-g32|int4-g32"
+    program = lower(
+        program,
+        f"calibrate,sensitivity{{{formats}}},assign{{{formats},target_bpw={target},mode={mode}}}",
+        calibration(program),
+    )
+    assert all(len(held) == 1 for held in by_group(program).values())
+    assert sizes.measure(lower(program, "rtn,activation,fuse,dead_code")).true_bpw <= target
+
+
+@pytest.mark.parametrize("target", [6.3, 7.3])
+def test_a_budget_for_blocks_alone(target: float) -> None:
+    program = assigned(f"target_bpw={target},over=blocks")
+    assert {node.meta[SITE] for node in sites(program) if FORMAT not in node.meta} == {"lm_head"}
+    stored = sizes.measure(lower(program, "rtn{bits=8},activation,fuse,dead_code"))
+    assert target - 1 < stored.block_bpw <= target
+    with pytest.raises(HikuiError, match="There is no unpacked linear site in a block"):
+        lower(lower(program, "rtn{sites=layers}"), "assign{mode=uniform,over=blocks}")
 
 
 @pytest.mark.parametrize("target", [2.6, 3.6, 4.6])
@@ -201,10 +230,16 @@ def test_override_wins_and_counts() -> None:
 
 
 def test_override_of_one_tied_site_leaves_the_others_tied() -> None:
-    program = assigned("target_bpw=7.5", "override{sites=layers.0.self_attn.k_proj,format=float16},")
-    formats = {node.meta[SITE]: node.meta[FORMAT] for node in sites(program)}
-    assert formats["model.layers.0.self_attn.k_proj"] == "float16"
-    assert formats["model.layers.0.self_attn.q_proj"] == formats["model.layers.0.self_attn.v_proj"] != "float16"
+    program, formats = canonical("llama"), "formats=mixed-g32-c32|int8-channel"
+    program = lower(
+        program,
+        f"calibrate,sensitivity{{{formats}}},override{{sites=layers.0.self_attn.k_proj,format=float16}},"
+        f"assign{{{formats},target_bpw=7.5}}",
+        calibration(program),
+    )
+    found = {node.meta[SITE]: node.meta[FORMAT] for node in sites(program)}
+    assert found["model.layers.0.self_attn.k_proj"] == "float16"
+    assert found["model.layers.0.self_attn.q_proj"] == found["model.layers.0.self_attn.v_proj"] != "float16"
 
 
 def test_override_that_finds_nothing() -> None:
