@@ -133,8 +133,9 @@ def prepare(
     if finished is not None:
         kinds = [type(step) for step in passes]
         kept = _resumed(finished, run_key(traced, resolved, data.chunks if data else (), kinds))
+    settings = chosen.calibration
     context = PassContext(
-        data,
+        None if data is None else Calibration(data.chunks[: settings.samples], data.source),
         scratch,
         execution.progress,
         resume=kept,
@@ -142,6 +143,7 @@ def prepare(
         jobs=execution.jobs,
         announce=execution.announce,
         warn=warn,
+        training=Calibration(data.chunks[: settings.training], data.source) if data and settings.training else None,
     )
     lowered = pipeline.run(traced, context)
     return Prepared(
@@ -196,7 +198,7 @@ def read_calibration(program: Program, path: Path | None, settings: CalibrationS
     """
     if path is None and program.tokenizer is None:
         return calibrations.random_tokens(
-            program.config, samples=settings.samples, tokens=settings.tokens, seed=settings.seed
+            program.config, samples=settings.windows, tokens=settings.tokens, seed=settings.seed
         )
     documents = text.read_documents(calibration.path() if path is None else path)
     if program.tokenizer is None:
@@ -207,7 +209,7 @@ def read_calibration(program: Program, path: Path | None, settings: CalibrationS
         documents,
         text.TextCodec(program.tokenizer).encode_prompt,
         program.config,
-        samples=settings.samples,
+        samples=settings.windows,
         tokens=settings.tokens,
         seed=settings.seed,
         source=(calibration.path() if path is None else path).name,

@@ -122,12 +122,12 @@ def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:
 def calibration_notices(data: Calibration, settings: CalibrationSettings, context: int) -> list[str]:
     """A sentence where a text gave fewer windows, or shorter ones, than the recipe asks for."""
     length = min(settings.tokens, context)
-    tokens, wanted = sum(chunk.shape[1] for chunk in data.chunks), settings.samples * length
-    if len(data.chunks) == settings.samples and tokens == wanted:
+    tokens, wanted = sum(chunk.shape[1] for chunk in data.chunks), settings.windows * length
+    if len(data.chunks) == settings.windows and tokens == wanted:
         return []
     return [
         f"The calibration text {data.source} is too short: it gives {len(data.chunks)} window(s) with {tokens} tokens "
-        f"in all, and the recipe asks for {settings.samples} of {length}, {wanted} tokens; what is measured on so "
+        f"in all, and the recipe asks for {settings.windows} of {length}, {wanted} tokens; what is measured on so "
         "little may do harm, so give a longer text."
     ]
 

@@ -47,6 +47,7 @@ class PassContext:
         jobs: where independent work is done.
         announce: told what a pass is about to need.
         warn: told what may make the result worse than its user expects.
+        training: text to learn from, where it is another than that to measure on.
     """
 
     calibration: Calibration | None = None
@@ -58,6 +59,12 @@ class PassContext:
     jobs: Jobs = field(default_factory=Jobs)
     announce: Announce = no_announcement
     warn: Announce = no_announcement
+    training: Calibration | None = None
+
+    @property
+    def to_learn_from(self) -> Calibration | None:
+        """The text of passes that learn."""
+        return self.calibration if self.training is None else self.training
 
 
 @dataclass

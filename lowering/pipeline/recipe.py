@@ -45,13 +45,22 @@ def _format(text: str) -> str:
 
 
 class CalibrationSettings(BaseModel):
-    """How much of the calibration text is read: `samples` windows of `tokens` tokens, drawn with `seed`."""
+    """How much of the calibration text is read: windows of `tokens` tokens, drawn with `seed`.
+
+    The first `samples` of them are measured on; passes that learn read `training` windows, or the same where it is 0.
+    """
 
     model_config = _STRICT
 
     samples: int = Field(default=32, ge=1, description="windows of text")
+    training: int = Field(default=0, ge=0, description="windows that passes which learn read; 0: the same windows")
     tokens: int = Field(default=256, ge=2, description="tokens in a window; the context length bounds it")
     seed: int = Field(default=0, ge=0, description="seed of the generator that draws the windows")
+
+    @property
+    def windows(self) -> int:
+        """How many are drawn."""
+        return max(self.samples, self.training)
 
 
 class Step(BaseModel):

@@ -136,9 +136,9 @@ class Distillation:
         context: PassContext,
         workers: Workers,
     ) -> None:
-        assert context.calibration is not None, "it was looked at before"
+        assert context.to_learn_from is not None, "it was looked at before"
         self._course, self._student, self._context, self._workers = course, student, context, workers
-        self._program, self._texts = program, list(context.calibration.chunks)
+        self._program, self._texts = program, list(context.to_learn_from.chunks)
         count = len(self._texts)
         apart = max(_HELD_OUT, -(-count // course.judges))
         self._judging = range(0, count, apart)
@@ -312,8 +312,8 @@ def expect(parts: Sections, context: PassContext, workers: Workers, name: str, n
     Raises:
         HikuiError: there is not enough memory.
     """
-    assert context.calibration is not None, "it was looked at before"
-    texts = context.calibration.chunks
+    assert context.to_learn_from is not None, "it was looked at before"
+    texts = context.to_learn_from.chunks
     # What the first block and the head read: one value a token each, as wide as what goes from block to block.
     kept = 2 * sum(value_nbytes(node, text.shape[1]) for text in texts for node in parts.blocks[-1].outputs)
     widest = max(text.shape[1] for text in texts)

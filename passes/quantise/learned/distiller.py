@@ -105,9 +105,9 @@ class Distiller(Pass):
         """
         if not (chosen := self.chosen(program)):
             return PassResult(program, False)
-        if context.calibration is None:
+        if context.to_learn_from is None:
             raise HikuiError("It learns from text and none was given; give some with --calibration TEXT_FILE.")
-        if len(context.calibration.chunks) < 2:
+        if len(context.to_learn_from.chunks) < 2:
             context.warn(
                 f"The calibration text gives one window, and {self.name} learns from some and is judged by others, so "
                 f"it has left {self.learns} as they were; give a longer text."
@@ -119,7 +119,7 @@ class Distiller(Pass):
             return PassResult(program, False)
         with Workers(context.workers) as workers:
             expect(parts, context, workers, self.name, *self.nbytes(parts, workers.count))
-            student = self.student(program, parts, {text.shape[1] for text in context.calibration.chunks})
+            student = self.student(program, parts, {text.shape[1] for text in context.to_learn_from.chunks})
             best, note = Distillation(self.course(), student, program, parts, context, workers).run()
         if best is None:
             return PassResult(program, False, [note])

@@ -270,3 +270,13 @@ def test_what_a_user_should_know_is_told_once_and_reported(
     assert [sentence for sentence in told if sentence in ours] == ours
     assert json.loads((artefact.directory / "report.json").read_text())["notices"] == told
     assert "<li>A site is lost &lt;em&gt;.</li>" in (artefact.directory / "report.html").read_text()
+
+
+def test_passes_that_learn_read_more_windows_than_passes_that_measure(tiny: Path, stories: Path) -> None:
+    settings = CalibrationSettings(samples=2, training=9, tokens=24)
+    chosen = load_recipe("gptq-4bit").model_copy(update={"calibration": settings})
+    prepared = prepare(Request(tiny, chosen, calibration=stories))
+    assert prepared.calibration is not None and prepared.calibration["samples"] == 9
+    notes = {record.step.split("{")[0]: record.notes for record in prepared.records}
+    assert any("tokens of 2 texts" in note for note in notes["guide"])
+    assert any("on 2 held-out texts" in note for note in notes["distil"])
