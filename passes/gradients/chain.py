@@ -106,7 +106,11 @@ class Chain:
         inputs: what blocks and head read of what is made before the first block, the token ids among it.
         head_inputs: what the head reads.
         vectors: placeholders of the weights, float32 [width], that blocks and head read: those of norms, and biases.
+        keeps: whether what a block computes is kept for the way back, which else computes it once more; no bit depends
+            on it.
     """
+
+    keeps = False
 
     def __init__(self, program: Program, parts: Sections, lengths: set[int]) -> None:
         fixed: dict[int, dict[fx.Node, object]] = {}
@@ -149,10 +153,17 @@ class Chain:
     ) -> tuple[Tensor, Learned]:
         """A loss summed over all tokens, float64, and its gradients for what is learned.
 
-        Only what goes from block to block is kept on the way there; each block is run once more on the way back, and
-        then gradients pass the outputs of `product`.
+        Unless `keeps`, only what goes from block to block is kept on the way there; each block is run once more on the
+        way back, and then gradients pass the outputs of `product`.
         """
-        values = self.forwards(inputs, now, product)
+        kept: list[_Graph] = []
+        if self.keeps:
+            values = dict(inputs)
+            for span, block in self._blocks:
+                kept.append(self._graph(span, block, values, now, product))
+                values |= {node: value.detach() for node, value in zip(span.outputs, kept[-1].made, strict=True)}
+        else:
+            values = self.forwards(inputs, now, product)
         reaching: dict[fx.Node, Tensor] = {}
         found = Learned({}, {})
         total = torch.zeros((), dtype=torch.float64)
@@ -163,21 +174,42 @@ class Chain:
             _backwards([(part, None)], [(read, reaching), (own, found.vectors)])
             total += part.detach()
         for span, block in reversed(self._blocks):
-            read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
-            learned = _leaves({site: now.sites[site] for site in span.sites if site in now.sites})
-            with torch.enable_grad():
-                products = {site: product(site, learned.get(site)) for site in span.sites}
-                made = block.run(read, length(inputs), products, own)
-            ends = [(value, reaching.pop(node, None)) for node, value in zip(span.outputs, made, strict=True)]
+            graph = kept.pop() if self.keeps else self._graph(span, block, values, now, product)
+            ends = [(value, reaching.pop(node, None)) for node, value in zip(span.outputs, graph.made, strict=True)]
             _backwards(
                 [(value, of_value) for value, of_value in ends if of_value is not None],
-                [(read, reaching), (own, found.vectors), (learned, found.sites)],
+                [(graph.read, reaching), (graph.own, found.vectors), (graph.learned, found.sites)],
             )
         return total, found
+
+    def _graph(
+        self,
+        span: BlockSpan,
+        block: TrainingBlock,
+        values: Mapping[fx.Node, Tensor],
+        now: Learned,
+        product: SiteProduct,
+    ) -> "_Graph":
+        """What a block makes of some values, and all that gradients are taken of."""
+        read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
+        learned = _leaves({site: now.sites[site] for site in span.sites if site in now.sites})
+        with torch.enable_grad():
+            products = {site: product(site, learned.get(site)) for site in span.sites}
+            made = block.run(read, length(values), products, own)
+        return _Graph(read, own, learned, made)
 
     @staticmethod
     def _own(block: TrainingBlock, now: Learned) -> dict[fx.Node, Tensor]:
         return _leaves({node: now.vectors[node] for node in block.vectors if node in now.vectors})
+
+
+class _Graph(NamedTuple):
+    """The outputs of a block, and the leaves: what it reads, its vectors, and what is learned of its sites."""
+
+    read: dict[fx.Node, Tensor]
+    own: dict[fx.Node, Tensor]
+    learned: dict[fx.Node, Tensor]
+    made: list[Tensor]
 
 
 def cuts(count: int) -> list[slice]:

@@ -142,7 +142,7 @@ def refuse_what_cannot_fit(
     way_out: str = "use fewer or shorter calibration windows, or leave wide sites out with skip",
 ) -> None:
     """Raises HikuiError, with the numbers and a way out, where the memory or the disk is too small."""
-    room = context.memory if context.memory is not None else available_memory()
+    room = room_for(context)
     if room is not None and footprint.memory > room:
         raise HikuiError(f"It needs {footprint}, and {gigabytes(room)} of memory are there; {way_out}.")
     folder = context.scratch or Path(tempfile.gettempdir())
@@ -150,6 +150,11 @@ def refuse_what_cannot_fit(
     free = shutil.disk_usage(folder).free
     if footprint.disk > free:
         raise HikuiError(f"It needs {footprint}, and {gigabytes(free)} are free at {folder}; {way_out}.")
+
+
+def room_for(context: PassContext) -> int | None:
+    """Bytes that a pass may take; None where nobody says."""
+    return context.memory if context.memory is not None else available_memory()
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

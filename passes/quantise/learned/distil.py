@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from hikui.lowering.engine.workers import Workers
 from hikui.lowering.formats import pack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
@@ -96,11 +97,11 @@ class _Scales(Student):
         self.learn([torch.ones_like(held.scale) for held in self._products.values()], options.lr)
         self.learn_vectors(options.lr)
 
-    def sites(self, values: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:
         """Scales, as float16 will hold them."""
         pairs = zip(self._products.items(), values, strict=False)
         return {site: as_stored(held.scale * factor) for (site, held), factor in pairs}
 
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
         """Those for the factors."""
         return [found[site] * held.scale for site, held in self._products.items()]

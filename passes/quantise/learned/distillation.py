@@ -20,7 +20,7 @@ from hikui.lowering.ir.program import SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.passes.gradients.chain import Learned, Sections
-from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
+from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, room_for, value_nbytes
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
 
 _HELD_OUT = 8
@@ -92,23 +92,23 @@ class Student(ABC):
         """Adds the factors of vectors, which come last."""
         self.learn([torch.ones_like(self._stored[vector]) for vector in self.vectors], rate)
 
-    def learned(self, values: Sequence[Tensor]) -> Learned:
+    def learned(self, values: Sequence[Tensor], workers: Workers) -> Learned:
         """What sites and vectors are for some values."""
         factors = dict(zip(self.vectors, values[len(values) - len(self.vectors) :], strict=True))
         vectors = {vector: stored * factors.get(vector, 1.0) for vector, stored in self._stored.items()}
-        return Learned(self.sites(values), vectors)
+        return Learned(self.sites(values, workers), vectors)
 
-    def gradients(self, values: Sequence[Tensor], found: Learned) -> list[Tensor]:
+    def gradients(self, values: Sequence[Tensor], found: Learned, workers: Workers) -> list[Tensor]:
         """The gradients for the values from those for what `learned` gave."""
         of_vectors = [found.vectors[vector] * self._stored[vector] for vector in self.vectors]
-        return [*self.of_sites(values, found.sites), *of_vectors]
+        return [*self.of_sites(values, found.sites, workers), *of_vectors]
 
     @abstractmethod
-    def sites(self, values: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:
         """What sites are for some values."""
 
     @abstractmethod
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
         """The gradients for all values but the factors of vectors."""
 
     def confine(self) -> None:  # noqa: B027  (most values may be anything)
@@ -200,7 +200,7 @@ class Distillation:
             note += f"; {share:g} of the way that was gone"
         if not least < first:
             return None, f"{note}; nothing was learned that is better"
-        learned = student.learned(best)
+        learned = student.learned(best, self._workers)
         return Learned(learned.sites, {vector: learned.vectors[vector] for vector in student.vectors}), note
 
     def _start(self, optimisers: Sequence[Adam], begin: list[Tensor]) -> tuple[int, list[Tensor], float, float]:
@@ -244,7 +244,7 @@ class Distillation:
 
     def _judge(self, values: Sequence[Tensor]) -> float:
         """The divergence a token on the held-out texts."""
-        now = self._student.learned(values)
+        now = self._student.learned(values, self._workers)
 
         def one(number: int) -> float:
             return float(self._student.whole.divergence(self._inputs[number], self._targets[number], now))
@@ -254,7 +254,7 @@ class Distillation:
     def _descend(self, optimisers: Sequence[Adam], numbers: list[int], height: float) -> None:
         """One step down the divergence a token of some texts."""
         student = self._student
-        now = student.learned(student.values)
+        now = student.learned(student.values, self._workers)
 
         def one(number: int) -> Learned:
             return student.whole.gradients(self._inputs[number], self._targets[number], now)[1]
@@ -275,7 +275,7 @@ class Distillation:
                         "text; `hikui eval` of the float model shows whether its numbers are finite."
                     )
         tokens = self._tokens(numbers)
-        gradients = student.gradients(student.values, total)
+        gradients = student.gradients(student.values, total, self._workers)
 
         def move(number: int) -> None:
             optimiser, value = optimisers[number], student.values[number]
@@ -298,7 +298,7 @@ def _height(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(_WARM, steps)) * (1 + cos(pi * step / steps)) / 2
 
 
-def expect(parts: Sections, context: PassContext, workers: Workers, name: str, nbytes: int, block: int) -> None:
+def expect(parts: Sections, context: PassContext, workers: Workers, name: str, nbytes: int, block: int) -> bool:
     """Says what a distillation needs at once, and refuses what cannot fit.
 
     Args:
@@ -308,6 +308,10 @@ def expect(parts: Sections, context: PassContext, workers: Workers, name: str, n
         name: of the pass.
         nbytes: of what is learned, and of what is made of it.
         block: bytes that a worker needs of the sites of a block.
+
+    Returns:
+        Whether what blocks compute on the way to the head may be kept for the way back: where that leaves half of the
+        memory free.
 
     Raises:
         HikuiError: there is not enough memory.
@@ -320,7 +324,12 @@ def expect(parts: Sections, context: PassContext, workers: Workers, name: str, n
     values = max(sum(value_nbytes(node, widest) for node in span.nodes) for span in parts.blocks)
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
     peak = nbytes + workers.count * (2 * values + block + flowing) + kept
+    graphs = workers.count * (len(parts.blocks) - 1) * (2 * values + block)
+    room = room_for(context)
+    keeps = room is not None and peak + graphs <= room // 2
+    peak += graphs if keeps else 0
     site = parts.blocks[0].sites[0] if parts.blocks[0].sites else parts.blocks[0].nodes[0]
     footprint = Footprint(peak, 0, str(site.meta.get(SITE, site.name)), 0, kept)
     context.announce(f"{name} needs {footprint}")
     refuse_what_cannot_fit(footprint, context)
+    return keeps

@@ -118,8 +118,9 @@ class Distiller(Pass):
             context.warn(f"{reason}, so it has left {self.learns} as they were.")
             return PassResult(program, False)
         with Workers(context.workers) as workers:
-            expect(parts, context, workers, self.name, *self.nbytes(parts, workers.count))
+            keeps = expect(parts, context, workers, self.name, *self.nbytes(parts, workers.count))
             student = self.student(program, parts, {text.shape[1] for text in context.to_learn_from.chunks})
+            student.whole.keep(keeps)
             best, note = Distillation(self.course(), student, program, parts, context, workers).run()
         if best is None:
             return PassResult(program, False, [note])

@@ -40,6 +40,10 @@ class EndToEnd:
         self.inputs, self.head_inputs = self._chain.inputs, self._chain.head_inputs
         self.vectors = self._chain.vectors
 
+    def keep(self, graphs: bool) -> None:
+        """Whether what blocks compute is kept for the way back, which else computes it once more."""
+        self._chain.keeps = graphs
+
     @torch.no_grad()
     def divergence(self, inputs: Mapping[fx.Node, Tensor], targets: Mapping[fx.Node, Tensor], now: Learned) -> Tensor:
         """The sum over a text's tokens of KL(float‖quantised) in nats: float64.

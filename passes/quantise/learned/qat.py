@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
+from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Packed, pack
 from hikui.lowering.ir.packed import PackedLinear
@@ -115,21 +116,25 @@ class _Latents(Student):
         ):
             yield site, held, latent, factor
 
-    def sites(self, values: Sequence[Tensor]) -> dict[fx.Node, Tensor]:
+    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:
         """The rounded matrices."""
-        return {
-            site: held.matrix(latent, as_stored(held.scale * factor))
-            for site, held, latent, factor in self._pairs(values)
-        }
 
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor]) -> list[Tensor]:
+        def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[fx.Node, Tensor]:
+            site, held, latent, factor = pair
+            return site, held.matrix(latent, as_stored(held.scale * factor))
+
+        return dict(workers.map(one, self._pairs(values)))
+
+    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
         """Those for latents, straight through the rounding, and those for the factors."""
-        of_latents, of_factors = [], []
-        for site, held, latent, factor in self._pairs(values):
+
+        def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            site, held, latent, factor = pair
             of_latent, of_scale = held.gradients(latent, as_stored(held.scale * factor), found[site])
-            of_latents.append(of_latent)
-            of_factors.append(of_scale * held.scale)
-        return of_latents + of_factors
+            return of_latent, of_scale * held.scale
+
+        pairs = list(workers.map(one, self._pairs(values)))
+        return [of_latent for of_latent, _ in pairs] + [of_factor for _, of_factor in pairs]
 
     def confine(self) -> None:
         """A latent far beyond the last code would take long to come back."""

@@ -161,6 +161,20 @@ def test_the_divergence_is_that_of_the_interpreter(family: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_kept_for_the_way_back_changes_no_bit(family: str) -> None:
+    program = rounded(family)
+    (text,) = calibration(program, 1, 24).chunks
+    held, inputs, targets, now = whole(program, text)
+    loss, found = held.gradients(inputs, targets, now)
+    held.keep(True)
+    again, kept = held.gradients(inputs, targets, now)
+    assert float(loss) == float(again)
+    for one, two in zip(found, kept, strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[node], two[node]) for node in one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_every_scale_and_vector(family: str) -> None:
     program = rounded(family)
     (text,) = calibration(program, 1, 24).chunks
