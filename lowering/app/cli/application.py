@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from hikui import __version__
-from hikui.lowering.app.cli import benching, building, comparing, evaluating, fetching, graphs, machine, running
+from hikui.lowering.app.cli import (
+    benching,
+    building,
+    comparing,
+    evaluating,
+    fetching,
+    graphs,
+    machine,
+    measuring,
+    running,
+)
 
 
 def application() -> typer.Typer:
@@ -21,7 +31,8 @@ def application() -> typer.Typer:
     app.callback()(_root)
     for command in (
         building.lower, running.run, evaluating.evaluate, comparing.compare, running.verify, running.inspect,
-        graphs.opt, graphs.explain, graphs.passes, machine.targets, machine.doctor, fetching.fetch, benching.bench,
+        graphs.opt, graphs.explain, graphs.passes, measuring.sensitivity, machine.targets, machine.doctor,
+        fetching.fetch, benching.bench,
     ):  # fmt: skip
         app.command("eval" if command is evaluating.evaluate else command.__name__)(command)
     return app

@@ -28,7 +28,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     *text, last = done.stdout.splitlines()
     assert last == "[] 0"
-    names = "lower run eval compare verify inspect opt explain passes targets doctor"
+    names = "lower run eval compare verify inspect opt explain passes sensitivity targets doctor"
     for name in names.split():
         assert any(name in line.split() for line in text)
 

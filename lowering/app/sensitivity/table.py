@@ -1,0 +1,222 @@
+"""Measures a model's sites in several formats, and works out the best choice at each number of bits."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from hikui.lowering.app.lower import read_calibration
+from hikui.lowering.app.request import Execution, Request, available_passes
+from hikui.lowering.engine.resume import Resume, run_key
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import BLOCK, GROUP, SENSITIVITY, SITE, Program
+from hikui.lowering.pipeline.contract import Calibration, PassContext
+from hikui.lowering.pipeline.recipe import CalibrationSettings
+from hikui.lowering.pipeline.run import Pipeline
+from hikui.lowering.pipeline.text import parse_pipeline
+
+Measure = Literal["trial", "output", "pbar", "weight"]
+
+UNITS = {
+    "trial": "nats a token that the model's next tokens move, one site rounded at a time",
+    "output": "relative squared error of a site's output",
+    "pbar": "squared error of weights times the mean squares of what they multiply, after Squeeze10",
+    "weight": "relative squared error of the weights",
+}
+"""What the numbers are, by measure."""
+
+_STEPS = 13
+"""Budgets on the front, from the smallest to the largest choice."""
+
+
+@dataclass(frozen=True)
+class SiteCosts:
+    """What one site costs.
+
+    Attributes:
+        name, group: of the site, and of the sites that read the same activation.
+        block: its number, or None.
+        shape: (out features, in features).
+        costs, nbytes: by format.
+    """
+
+    name: str
+    group: str
+    block: int | None
+    shape: tuple[int, int]
+    costs: dict[str, float]
+    nbytes: dict[str, int]
+
+    @property
+    def weights(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The least sum of costs at some bits.
+
+    Attributes:
+        bpw: true bits per weight of the sites in blocks.
+        cost: the sum.
+        formats: how many sites have each format.
+    """
+
+    bpw: float
+    cost: float
+    formats: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """The whole table.
+
+    Attributes:
+        model, measure, unit, text: what was measured, and on what.
+        tokens: of the text that were read.
+        formats: in the order in which they were asked for.
+        sites: in graph order.
+        front: from few bits to many, over the sites in blocks, or over all where none is in a block.
+    """
+
+    model: str
+    measure: str
+    unit: str
+    text: str
+    tokens: int
+    formats: tuple[str, ...]
+    sites: tuple[SiteCosts, ...]
+    front: tuple[Choice, ...]
+
+    def as_json(self) -> str:
+        """The table as JSON text; the same table gives the same bytes."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def measure(
+    request: Request,
+    formats: Sequence[str],
+    by: Measure = "trial",
+    *,
+    texts: int = 4,
+    settings: CalibrationSettings = CalibrationSettings(),
+    execution: Execution = Execution(),
+    kept: Path | None = None,
+) -> Sensitivities:
+    """Measures every linear site of a model in each format.
+
+    Args:
+        request: the model, its text and its context; its recipe is not looked at.
+        formats: names of formats, two or more.
+        by: what is measured.
+        texts: windows that `trial` reads.
+        settings: which windows of the text there are.
+        execution: how the work is done.
+        kept: folder for finished work, which a later call with the same request goes on from; removed when all is done.
+
+    Raises:
+        HikuiError: the model or the text is at fault, in one sentence.
+        UsageError: a format is not known, or there are fewer than two.
+    """
+    names = list(dict.fromkeys(str(Format.parse(name)) for name in formats))
+    if len(names) < 2:
+        raise UsageError("There is nothing to choose from; give two formats or more, such as int2-g64,int4-g64.")
+    available = available_passes()
+    listed = "|".join(names)
+    how = (
+        f"trial{{formats={listed},texts={texts}}}" if by == "trial" else f"sensitivity{{metric={by},formats={listed}}}"
+    )
+    steps = parse_pipeline(f"canonicalise,{'' if by == 'weight' else 'calibrate,'}{how}", available.values())
+    execution.progress("trace", 0, 1)
+    traced = request.traced()
+    execution.progress("trace", 1, 1)
+    data = None
+    if by != "weight":
+        path = None if request.calibration is None else Path(request.calibration)
+        data = read_calibration(traced, path, settings)
+    resume = Resume()
+    if kept is not None:
+        resume = Resume(kept / run_key(traced, how, data.chunks if data else (), map(type, steps)))
+    context = PassContext(
+        data,
+        None,
+        execution.progress,
+        resume=resume,
+        memory=execution.memory,
+        jobs=execution.jobs,
+        announce=execution.announce,
+        warn=execution.warn,
+    )
+    measured = Pipeline(steps).run(traced, context)
+    sites = _sites(measured, names)
+    if kept is not None:
+        shutil.rmtree(kept, ignore_errors=True)
+    return Sensitivities(
+        request.name,
+        by,
+        UNITS[by],
+        "" if data is None else data.source,
+        0 if data is None else _tokens(data, texts if by == "trial" else len(data.chunks)),
+        tuple(names),
+        tuple(sites),
+        tuple(front(sites, names)),
+    )
+
+
+def _tokens(data: Calibration, texts: int) -> int:
+    return sum(int(chunk.shape[1]) for chunk in data.chunks[:texts])
+
+
+def _sites(program: Program, names: Sequence[str]) -> list[SiteCosts]:
+    from hikui.passes.graph import float_sites, matrix_shape
+
+    out = []
+    for node in float_sites(program):
+        n, k = matrix_shape(node)
+        costs = {name: float(node.meta[SENSITIVITY][name]) for name in names}
+        sizes = {name: Format.parse(name).nbytes(n, k) + Format.parse(name).permutation_nbytes(k) for name in names}
+        out.append(SiteCosts(node.meta[SITE], node.meta[GROUP], node.meta.get(BLOCK), (n, k), costs, sizes))
+    if not out:
+        raise HikuiError("The model has no linear site; `hikui explain` says what did not match.")
+    return out
+
+
+def front(sites: Sequence[SiteCosts], names: Sequence[str]) -> list[Choice]:
+    """The best choices at several numbers of bits, each better than all with fewer."""
+    from hikui.passes.precision.budget import Candidates, solve
+
+    inside = [site for site in sites if site.block is not None] or list(sites)
+    choices = [
+        Candidates(
+            (site.name,),
+            tuple(names),
+            tuple(site.nbytes[name] for name in names),
+            tuple(site.costs[name] for name in names),
+            site.weights,
+        )
+        for site in inside
+    ]
+    weights = sum(choice.weights for choice in choices)
+    least, most = (sum(pick(choice.nbytes) for choice in choices) for pick in (min, max))
+    out: list[Choice] = []
+    for step in range(_STEPS):
+        budget = least + (most - least) * step // (_STEPS - 1)
+        picks = solve(choices, budget)
+        taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
+        cost = sum(choice.costs[pick] for choice, pick in zip(choices, picks, strict=True))
+        chosen = [names[pick] for pick in picks]
+        counts = {name: chosen.count(name) for name in names if name in chosen}
+        found = Choice(8 * taken / weights, cost, counts)
+        if not out or (found.cost < out[-1].cost and found.bpw > out[-1].bpw):
+            out.append(found)
+    return out
+
+
+def kept_folder(output: Path) -> Path:
+    """Where a measurement that writes to a file keeps what it has finished."""
+    whole = Path(os.path.abspath(output))
+    return whole.parent / f".{whole.name}.resume"

@@ -1,0 +1,133 @@
+"""hikui sensitivity: the table against the passes, the front against brute force, and the files it writes."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hikui.lowering.app.request import Execution, Request
+from hikui.lowering.app.sensitivity.picture import draw, role, roles
+from hikui.lowering.app.sensitivity.table import SiteCosts, front, kept_folder, measure
+from hikui.lowering.errors import UsageError
+from hikui.lowering.pipeline.recipe import CalibrationSettings
+from tests.lowering.conftest import Command
+
+FORMATS = ("sign-g32", "int4-g32", "int8-channel")
+FEW = CalibrationSettings(samples=2, tokens=24)
+
+
+def costs_of(seed: int, count: int) -> list[SiteCosts]:
+    generator = np.random.default_rng(seed)
+    return [
+        SiteCosts(
+            f"model.layers.{index}.up",
+            f"g{index}",
+            index,
+            (64, 64),
+            dict(zip("abc", sorted(generator.random(3).tolist(), reverse=True), strict=True)),
+            dict(zip("abc", sorted(generator.integers(100, 1000, 3).tolist()), strict=True)),
+        )
+        for index in range(count)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_front_is_the_best_there_is(seed: int) -> None:
+    sites = costs_of(seed, 6)
+    found = front(sites, ("a", "b", "c"))
+    every = []
+    for names in itertools.product("abc", repeat=6):
+        nbytes = sum(site.nbytes[name] for site, name in zip(sites, names, strict=True))
+        every.append((nbytes, sum(site.costs[name] for site, name in zip(sites, names, strict=True))))
+    weights = 6 * 64 * 64
+    for choice in found:
+        budget = round(choice.bpw * weights / 8)
+        assert choice.cost == pytest.approx(min(cost for nbytes, cost in every if nbytes <= budget), abs=1e-6)
+        assert sum(choice.formats.values()) == 6
+    for one, two in itertools.pairwise(found):
+        assert one.bpw < two.bpw and one.cost > two.cost
+    assert found[0].bpw == pytest.approx(8 * min(nbytes for nbytes, _ in every) / weights)
+    assert found[-1].cost == pytest.approx(min(cost for _, cost in every))
+
+
+@pytest.mark.parametrize("by", ["trial", "output", "pbar", "weight"])
+def test_every_site_and_format_is_measured(tiny: Path, stories: Path, by: str) -> None:
+    found = measure(Request(tiny, None, calibration=stories), FORMATS, by, texts=2, settings=FEW)  # type: ignore[arg-type]
+    assert found.formats == FORMATS and len(found.sites) == 22
+    assert found.tokens == (0 if by == "weight" else 48)
+    for site in found.sites:
+        assert list(site.costs) == list(FORMATS)
+        assert site.costs["sign-g32"] > site.costs["int8-channel"] >= 0
+    assert found.front[0].formats == {"sign-g32": 21}
+    assert found.front[-1].formats == {"int8-channel": 21}
+
+
+def test_a_killed_run_goes_on_and_says_the_same(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def until(last: int) -> Execution:
+        def progress(name: str, done: int, total: int) -> None:
+            if name == "trial" and done >= last:
+                raise KilledError
+
+        return Execution(progress=progress)
+
+    request, kept = Request(tiny, None, calibration=stories), kept_folder(tmp_path / "table.json")
+    whole = measure(request, FORMATS, settings=FEW)
+    with pytest.raises(KilledError):
+        measure(request, FORMATS, settings=FEW, execution=until(8), kept=kept)
+    assert list(kept.rglob("stage-0.safetensors"))
+    again = measure(request, FORMATS, settings=FEW, kept=kept)
+    assert again.as_json() == whole.as_json()
+    assert not kept.exists()
+
+
+def test_sites_of_all_blocks_stand_under_each_other() -> None:
+    sites = costs_of(0, 3)
+    assert [role(site) for site in sites] == ["up"] * 3
+    assert roles(sites) == ["up"]
+
+
+def test_the_picture_is_the_same_each_time(tiny: Path, stories: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = measure(Request(tiny, None, calibration=stories), FORMATS, "weight")
+    one = draw(found, "svg")
+    assert one == draw(found, "svg")
+    text = one.decode()
+    assert all(name in text for name in ("mlp.up_proj", *FORMATS))
+    assert draw(found, "png").startswith(b"\x89PNG")
+
+
+def test_the_command(hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path) -> None:
+    table, plot = tmp_path / "table.json", tmp_path / "map.svg"
+    options = (str(tiny), "--formats", "sign-g32,int4-g32", "--texts", "1", "--calibration", str(stories))
+    status, out, _ = hikui_command("sensitivity", *options, "-o", str(table), "--plot", str(plot))
+    assert status == 0
+    assert "model.layers.0.self_attn.q_proj" in out and "least sum of costs" in out
+    found = json.loads(table.read_text("utf-8"))
+    assert len(found["sites"]) == 22 and found["measure"] == "trial"
+    assert plot.read_text("utf-8").startswith("<?xml")
+    status, out, _ = hikui_command("sensitivity", *options, "--json")
+    assert status == 0 and json.loads(out) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--formats", "int4-g64"), "There is nothing to choose from; give two formats or more"),
+        (("--formats", "int4-g64,int5-g64"), "Format 'int5-g64' is not known"),
+        (("--plot", "map.pdf"), "--plot map.pdf is neither .svg nor .png"),
+    ],
+)
+def test_wrong_requests(hikui_command: Command, tiny: Path, options: tuple[str, ...], sentence: str) -> None:
+    status, out, err = hikui_command("sensitivity", str(tiny), *options)
+    assert (status, out) == (2, "")
+    assert sentence in err
+
+
+def test_formats_that_are_one_are_no_choice(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="There is nothing to choose from"):
+        measure(Request(tiny, None), ("int4-g64", "int4-g64"))
