@@ -96,6 +96,7 @@ def assemble(
     """
     program, config = prepared.program, prepared.program.config
     taken = sizes.measure(program)
+    inside = {site.name for site in taken.sites if site.in_block}
     require_room(directory, taken.total_bytes)
     built = backend.build(program, target, directory, progress)
     progress("reference numbers", 0, 1)
@@ -155,6 +156,7 @@ def assemble(
                 rank=site.rank,
                 bytes=site.bytes,
                 true_bits=site.true_bits,
+                in_block=site.name in inside,
             )
             for site in sites
         },
@@ -164,6 +166,7 @@ def assemble(
             total_bytes=sum(entry.bytes for entry in files.values()),
             cache_bytes=config.cache_bytes,
             parameters=taken.parameters,
+            kinds=taken.kinds,
             **taken.bits(),
         ),
         metrics=_metrics(program, sites, noise),

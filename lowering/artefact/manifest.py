@@ -81,6 +81,7 @@ class SiteEntry(_Entry):
     rank: int = Field(description="of the low-rank branch inside the site's op, 0 for none")
     bytes: int
     true_bits: float
+    in_block: bool = Field(default=True, description="whether it stands in one of the model's blocks; a head does not")
 
 
 class SizesEntry(_Entry):
@@ -94,6 +95,9 @@ class SizesEntry(_Entry):
     block_bpw: float = Field(description="bits per weight over the linear sites inside blocks, so without the head")
     true_bpw: float = Field(description="bits per weight over the linear sites, the head among them")
     all_bpw: float = Field(description="weight_bytes in bits, over all parameters of the model")
+    kinds: dict[str, int] | None = Field(
+        default=None, description="of weight_bytes, what is stored for what; None in artefacts made before it was told"
+    )
 
 
 class TraceEntry(_Entry):

@@ -10,6 +10,19 @@ from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, is_packed, i
 from hikui.lowering.ir.program import BLOCK, SITE, Program
 
 _LINEAR = torch.ops.aten.linear.default
+_EMBEDDING = torch.ops.aten.embedding.default
+
+KINDS_OF_BYTES = {
+    "codes": "codes of linear sites, padding counted",
+    "scales": "scales of linear sites",
+    "floats": "linear sites that are stored as floats",
+    "orders": "orders of columns",
+    "branches": "low-rank branches",
+    "tables": "tables of embeddings that no linear site shares, with their scales",
+    "vectors": "norms, biases and whatever else has one dimension",
+    "others": "all else",
+}
+"""What bytes are stored for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Sizes:
         block_branch_bytes: those of them that stand in blocks.
         total_bytes: every weight once: sites, branches, embeddings, norms, biases.
         parameters: how many the model has, each tied matrix once.
+        kinds: of the total, what is stored for what: a key of `KINDS_OF_BYTES` → bytes.
     """
 
     sites: tuple[Site, ...]
@@ -57,6 +71,7 @@ class Sizes:
     block_branch_bytes: int
     total_bytes: int
     parameters: int
+    kinds: dict[str, int]
 
     @property
     def linear_bytes(self) -> int:
@@ -110,7 +125,41 @@ def measure(program: Program) -> Sizes:
     stored = {program.weight_of(node): node for node in program.weight_nodes()}
     total = sum(map(_nbytes, stored.values()))
     parameters = _parameters(program) if program.parameters is None else program.parameters
-    return Sizes(tuple(found), branches, block_branches, total, parameters)
+    return Sizes(tuple(found), branches, block_branches, total, parameters, _kinds(program))
+
+
+def _kinds(program: Program) -> dict[str, int]:
+    """The bytes of every weight once, by what they are for; what several read counts for the first of these."""
+    kind_of: dict[str, str] = {}
+
+    def note(node: fx.Node | None, kind: str) -> None:
+        if node is not None:
+            kind_of.setdefault(program.weight_of(node), kind)
+
+    embedded = []
+    for node in program.graph.nodes:
+        if is_packed(node):
+            packed = PackedLinear.of(node)
+            if node.target is torch.ops.hikui.linear.default and SITE not in node.meta:
+                note(packed.weight, "branches")
+                continue
+            note(packed.weight, "codes" if packed.format.is_integer else "floats")
+            note(packed.scale, "scales")
+            note(packed.order, "orders")
+            for factor in packed.branch or ():
+                note(factor, "branches")
+        elif node.target is _LINEAR and is_stored(node.args[1]):
+            note(node.args[1], "floats")
+        elif is_packed_embedding(node) or node.target is _EMBEDDING:
+            embedded.append(node)
+    for node in embedded:
+        for operand in node.all_input_nodes:
+            note(operand if is_stored(operand) else None, "tables")
+    out = dict.fromkeys(KINDS_OF_BYTES, 0)
+    for key, node in {program.weight_of(node): node for node in program.weight_nodes()}.items():
+        other = "vectors" if node.meta["val"].dim() <= 1 else "others"
+        out[kind_of.get(key, other)] += _nbytes(node)
+    return {kind: nbytes for kind, nbytes in out.items() if nbytes}
 
 
 def _bits(nbytes: int, parameters: int) -> float:

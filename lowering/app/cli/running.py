@@ -2,12 +2,15 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hikui.lowering.app.cli import options
 from hikui.lowering.app.cli.console import emit, size, table, warn
+
+if TYPE_CHECKING:
+    from hikui.lowering.artefact.manifest import Manifest
 
 
 def run(
@@ -87,11 +90,20 @@ def verify(
         typer.echo("This says that the folder is whole and what it computes, not who made it.")
 
 
-def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) -> None:
+def inspect(
+    directory: options.ArtefactFolder,
+    bits: Annotated[
+        bool, typer.Option("--bits", help="Show what every stored bit is for, and what others' formats would take.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
     """Show what an artefact holds: model, target, sizes, bits of each site."""
     from hikui.lowering.artefact.manifest import read_manifest
 
     manifest = read_manifest(directory)
+    if bits:
+        _show_bits(manifest, as_json)
+        return
     if as_json:
         emit(manifest.model_dump(mode="json", by_alias=True))
         return
@@ -117,3 +129,32 @@ def inspect(directory: options.ArtefactFolder, as_json: options.Json = False) ->
         for name, site in manifest.sites.items()
     ]
     table(rows, ("site", "format", "shape", "rank", "bits"))
+
+
+def _show_bits(manifest: "Manifest", as_json: bool) -> None:
+    """Every stored bit by what it is for, and the same shapes in others' formats."""
+    from hikui.lowering.errors import HikuiError
+    from hikui.lowering.formats.rivals import RIVALS, rival_bits
+    from hikui.lowering.ir.sizes import KINDS_OF_BYTES
+
+    sizes = manifest.sizes
+    if sizes.kinds is None:
+        raise HikuiError("The artefact is older than this count; lower the model again.")
+    inside = [site for site in manifest.sites.values() if site.in_block]
+    shapes = [(site.out_features, site.in_features) for site in inside]
+    rivals = rival_bits(shapes)
+    if as_json:
+        emit({"kinds": sizes.kinds, "parameters": sizes.parameters, "block_bpw": sizes.block_bpw, "rivals": rivals})
+        return
+    rows = [
+        (KINDS_OF_BYTES.get(kind, kind), size(nbytes), f"{8 * nbytes / sizes.parameters:.4f}")
+        for kind, nbytes in sizes.kinds.items()
+    ]
+    rows.append(("everything", size(sizes.weight_bytes), f"{sizes.all_bpw:.4f}"))
+    table(rows, ("what is stored", "bytes", "bits a parameter of the model"))
+    typer.echo(f"\n{sizes.block_bpw:.3f} bits a weight in blocks; the same matrices in others' formats, all counted:")
+    stored = {rival.name: rival.stored for rival in RIVALS}
+    table(
+        [(name, f"{value:.3f}", stored[name]) for name, value in rivals.items()],
+        ("", "bits a weight", "what is counted"),
+    )

@@ -393,3 +393,19 @@ def test_passes_targets_and_doctor(hikui_command: Command) -> None:
     assert status == 0
     found = {row["name"]: row["found"] for row in json.loads(out)}
     assert found["torch"] is not None
+
+
+def test_inspect_tells_what_every_bit_is_for(hikui_command: Command, built: Artefact, tmp_path: Path) -> None:
+    status, out, _ = hikui_command("inspect", built.directory, "--bits", "--json")
+    found = json.loads(out)
+    assert status == 0
+    assert sum(found["kinds"].values()) == built.manifest.sizes.weight_bytes
+    assert found["rivals"]["BiLLM"] > 2.8
+    status, out, _ = hikui_command("inspect", built.directory, "--bits")
+    assert status == 0
+    assert "codes of linear sites, padding counted" in out and "llama.cpp IQ1_S" in out
+    older = json.loads((built.directory / MANIFEST).read_text("utf-8"))
+    del older["sizes"]["kinds"]
+    (tmp_path / MANIFEST).write_text(json.dumps(older), "utf-8")
+    status, _, err = hikui_command("inspect", str(tmp_path), "--bits")
+    assert (status, err) == (1, "hikui: The artefact is older than this count; lower the model again.\n")

@@ -122,3 +122,23 @@ def test_the_report_undoes_the_order_of_mixed_columns(tiny: Path, stories: Path)
     for site in mixed:
         # Signs alone lose 1 − 2/π of a Gaussian's square, 0.6 of its norm; columns of another order lose over 1.
         assert site.weight_error is not None and 0.2 < site.weight_error < 0.65
+
+
+def test_every_stored_byte_is_for_something(prepared: Prepared, branched: Prepared, tiny: Path, stories: Path) -> None:
+    mixed = prepare(
+        Request(tiny, load_recipe("mixed-1.6bit").with_options({"mixed": {"group": 32}}), calibration=stories)
+    )
+    for program in (prepared.traced, prepared.program, branched.program, mixed.program):
+        measured = sizes.measure(program)
+        assert sum(measured.kinds.values()) == measured.total_bytes
+        assert set(measured.kinds) <= set(sizes.KINDS_OF_BYTES)
+    floats, packed, of_mixed = (sizes.measure(each.program).kinds for each in (branched, prepared, mixed))
+    assert "branches" in floats and "orders" in of_mixed and "branches" not in packed and "orders" not in packed
+    expected = {"codes": 0, "scales": 0}
+    for site in sizes.measure(prepared.program).sites:
+        fmt = Format.parse(site.format)
+        shape = fmt.scale_shape(site.out_features, site.in_features)
+        assert shape is not None
+        expected["scales"] += 2 * math.prod(shape)
+        expected["codes"] += site.nbytes - 2 * math.prod(shape)
+    assert {kind: packed[kind] for kind in expected} == expected
