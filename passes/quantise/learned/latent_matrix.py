@@ -13,11 +13,13 @@ from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product
 from hikui.passes.quantise.rounding import inverse, nearest
 
-_SPREAD = 0.6
-"""How far from its code a latent begins, over how far the float weight is, or the border of the code's cell.
+_BEYOND = 0.5
+"""Where a latent begins whose float weight is beyond its code's cell: so much of the way to the border.
 
-A quantiser that makes up for errors leaves many weights beyond the border. With their latents at it, the first steps of
+A quantiser that makes up for errors leaves many weights there. With their latents at the border, the first steps of
 training turned all of these codes back at once: SmolLM2-135M at int2-g128 went from 1.5 nats a token to more than 7.
+With all latents near their codes, those whose weight lies in the middle of two codes are no more easily turned than
+the others, and on tiny models nothing was learned.
 """
 
 
@@ -33,8 +35,8 @@ class LatentMatrix:
 
     Attributes:
         format: of the site.
-        latent: float32 [n, padded k], moved in place. It begins between the site's code and the float weight over its
-            scale, or the border of the code's cell where the weight is beyond.
+        latent: float32 [n, padded k], moved in place. It begins at the float weight over its scale, or where that has
+            another code than the site, half-way between the site's code and the border of its cell.
         scale: float32 [n, groups], as stored.
     """
 
@@ -51,8 +53,13 @@ class LatentMatrix:
         self.latent = self.latent.flatten(1)
         for kind, at in self._parts:
             cells, centre = _cells(kind)[codes[:, at].long() + 128], codes[:, at] / _unit(kind)
-            wanted = torch.minimum(torch.maximum(self.latent[:, at] / _unit(kind), cells[..., 0]), cells[..., 1])
-            self.latent[:, at] = torch.lerp(centre, wanted, _SPREAD)
+            wanted = self.latent[:, at] / _unit(kind)
+            nearest_inside = torch.minimum(torch.maximum(wanted, cells[..., 0]), cells[..., 1])
+            moved = torch.lerp(centre, nearest_inside, _BEYOND)
+            low, high = _limits(kind)
+            # Beyond the last codes there is no border.
+            own = (nearest_inside == wanted) | (nearest_inside == low) | (nearest_inside == high)
+            self.latent[:, at] = torch.where(own, nearest_inside, moved)
 
     def _grouped(self, whole: Tensor) -> Tensor:
         return whole.view(whole.shape[0], -1, self._group)
