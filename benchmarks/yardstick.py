@@ -30,7 +30,7 @@ from gguf import GGUFReader
 from hikui.lowering.artefact.text import SEPARATOR
 from hikui.lowering.files import write_whole
 
-RECIPES = ("rtn-4bit", "int4", "int4-small", "gptq-4bit", "awq-4bit", "gptq-3bit", "gptq-qep-3bit")
+RECIPES = ("int4", "int4-small", "gptq-4bit", "gptq-3bit", "two-bit", "edge-1.6bit")
 WITHOUT_TEXT = ("int4", "int4-small")
 """Recipes that are lowered as by a user who gives no text."""
 
@@ -93,11 +93,16 @@ def command(*arguments: str, out: Path | None = None) -> tuple[float, int]:
     return time.perf_counter() - start, usage.ru_maxrss * 1024
 
 
+def label(recipe: str) -> str:
+    """A recipe's name, or that of its file without the ending; `edge-1.6bit` has none."""
+    return Path(recipe).name.removesuffix(".yaml")
+
+
 def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str, Any]:
     """Lowers a model with a recipe and measures the artefact; what was done before is read instead."""
-    kept = work / f"{Path(recipe).stem}.json"
+    kept = work / f"{label(recipe)}.json"
     found: dict[str, Any] = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
-    artefact = work / Path(recipe).stem
+    artefact = work / label(recipe)
     if not artefact.exists():
         calibration = () if recipe in WITHOUT_TEXT else ("--calibration", str(work / "calibration.txt"))
         seconds, peak = command(
@@ -106,7 +111,7 @@ def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str,
         found |= {"lower_seconds": seconds, "lower_peak_bytes": peak}
         _keep(kept, json.dumps(found, indent=1))
     if "quality" not in found:
-        target = work / f"{Path(recipe).stem}.quality"
+        target = work / f"{label(recipe)}.quality"
         against = () if recipe == "float" else ("--against", str(work / "float"))
         command("eval", str(artefact), "--text", str(work / "text.txt"), *against, "--json", out=target)
         found["quality"] = json.loads(target.read_text("utf-8"))
@@ -114,7 +119,7 @@ def measure(model: str, recipe: str, work: Path, tasks: list[Path]) -> dict[str,
         _keep(kept, json.dumps(found, indent=1))
     for task in tasks:
         if task.stem not in found.setdefault("tasks", {}):
-            target = work / f"{Path(recipe).stem}.{task.stem}"
+            target = work / f"{label(recipe)}.{task.stem}"
             command("eval", str(artefact), "--tasks", str(task), "--json", out=target)
             (score,) = json.loads(target.read_text("utf-8"))["tasks"]["scores"]
             found["tasks"][task.stem] = score
@@ -240,7 +245,7 @@ def main() -> None:
     found = {}
     for recipe in ("float", *(name for name in options.recipes.split(",") if name)):
         wanted = tasks if chosen is None or recipe in chosen else []
-        found[Path(recipe).stem] = measure(options.model, recipe, options.work, wanted)
+        found[label(recipe)] = measure(options.model, recipe, options.work, wanted)
         print("\n".join(table(found)), flush=True)
     for path in (Path(name) for name in options.files.split(",") if name):
         found[path.name] = measure_file(path, options.work)

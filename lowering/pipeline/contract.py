@@ -113,6 +113,7 @@ class Pass(metaclass=_Checked):
         names_sites: whether linear sites have their names from it, which what is said of sites must come after.
         evens_columns: whether it makes the columns of activations more alike, so that rounding leaves more of each.
         budget: the option that holds a budget in bits per weight, or empty.
+        size_budget: the option that holds one in megabytes of all weights, or empty.
     """
 
     name: ClassVar[str]
@@ -120,6 +121,7 @@ class Pass(metaclass=_Checked):
     names_sites: ClassVar[bool] = False
     evens_columns: ClassVar[bool] = False
     budget: ClassVar[str] = ""
+    size_budget: ClassVar[str] = ""
 
     def requires(self, program: Program) -> None:
         """Checks that the program can be taken.

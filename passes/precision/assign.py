@@ -15,6 +15,7 @@ from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
+from hikui.passes.precision.rest import rest_nbytes
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,27 @@ class Assign(Pass):
         format: for `uniform`.
         seed: for `random`.
         over: `all` sites, or those in `blocks` alone: then the others, such as the head, are left as they are.
+        target_size: a budget in megabytes (10⁶ bytes) in the place of `target_bpw`, of all weights: also of tables,
+            norms, and sites that have their format; 0 for none.
+        tables: the format that `embedding` will give to tables that no head shares; for `target_size`.
     """
 
     name: ClassVar[str] = "assign"
     budget: ClassVar[str] = "target_bpw"
+    size_budget: ClassVar[str] = "target_size"
     target_bpw: float = 5.5
     formats: str = "int4-g64|int8-g64"
     mode: Literal["optimal", "random", "uniform"] = "optimal"
     format: str = "int8-g64"
     seed: int = 0
     over: Literal["all", "blocks"] = "all"
+    target_size: float = 0.0
+    tables: str = "int8-channel"
 
     def __post_init__(self) -> None:
+        if self.target_size < 0:
+            raise UsageError(f"assign cannot keep to {self.target_size:g} MB; target_size is above 0, or 0 for none.")
+        Format.parse(self.tables)
         if not self.target_bpw > 0:
             raise UsageError(f"assign cannot keep to {self.target_bpw:g} bits per weight; target_bpw is above 0.")
         parse_formats(self.formats)
@@ -76,7 +86,8 @@ class Assign(Pass):
         """
         work = program.clone()
         choices = self._choices(work)
-        picks = self._pick(choices)
+        budget = self._budget(work, sum(choice.weights for choice in choices))
+        picks = self._pick(choices, budget)
         changed = False
         nodes = {node.meta[SITE]: node for node in self.chosen(work)}
         for choice, pick in zip(choices, picks, strict=True):
@@ -123,12 +134,24 @@ class Assign(Pass):
         """Whether sites that read one activation must have one format."""
         return any(Format.parse(name).is_mixed for name in self._names())
 
-    def _pick(self, choices: Sequence[Candidates]) -> list[int]:
+    def _budget(self, program: Program, weights: int) -> int:
+        """Bytes for the chosen sites, which have so many weights."""
+        if self.target_size:
+            rest = rest_nbytes(program, self.chosen(program), Format.parse(self.tables))
+            return math.floor(self.target_size * 1e6) - rest
+        return math.floor(self.target_bpw * weights / 8)
+
+    def _pick(self, choices: Sequence[Candidates], budget: int) -> list[int]:
         if self.mode == "uniform":
             return [0] * len(choices)
         weights = sum(choice.weights for choice in choices)
-        budget = math.floor(self.target_bpw * weights / 8)
         least = sum(choice.nbytes[pick] for choice, pick in zip(choices, cheapest(choices), strict=True))
+        if least > budget and self.target_size:
+            smallest = math.ceil((self.target_size * 1e6 + least - budget) / 1e4) / 100
+            raise HikuiError(
+                f"A budget of {self.target_size:g} MB cannot be met: with {self.formats} the weights take at least "
+                f"{smallest:.2f} MB; raise target_size, add a smaller format, or give the other sites smaller ones."
+            )
         if least > budget:
             smallest = math.ceil(8 * least / weights * 1000) / 1000
             raise HikuiError(
@@ -159,5 +182,6 @@ class Assign(Pass):
             shapes = [matrix_shape(node) for node in members]
             nbytes += tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], shapes)
             weights += sum(n * k for n, k in shapes)
-        if self.mode != "uniform" and 8 * nbytes > self.target_bpw * weights:
-            raise VerificationError(f"{8 * nbytes / weights:.4f} bits per weight are above {self.target_bpw}.")
+        if self.mode != "uniform" and nbytes > self._budget(program, weights):
+            budget = f"{self.target_size} MB" if self.target_size else f"{self.target_bpw} bits per weight"
+            raise VerificationError(f"{8 * nbytes / weights:.4f} bits per weight are above the budget of {budget}.")

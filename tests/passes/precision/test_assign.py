@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.text import parse_pipeline
@@ -269,3 +270,36 @@ def test_second_run_changes_nothing(mode: str) -> None:
 def test_missing_sensitivity_is_named() -> None:
     with pytest.raises(HikuiError, match=r"q_proj has no sensitivity for int8-g32; run `sensitivity`"):
         lower(canonical("llama"), "sensitivity{metric=weight},assign{formats=int4-g64|int8-g32}")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("over", ["all", "blocks"])
+@pytest.mark.parametrize("room", [1.02, 1.2])
+def test_a_budget_for_everything_stored(family: str, over: str, room: float) -> None:
+    """In bytes of the weights as they are lowered: heads tied or not, tables, positions and norms too."""
+    program, formats = canonical(family), "formats=sign-g32|int4-g32|int8-channel"
+    head = ",override{sites=lm_head,format=int8-channel}" if over == "blocks" else ""
+    measured = lower(program, f"calibrate,sensitivity{{{formats}}}{head}", calibration(program))
+    rest = "rtn,pack{format=float32},embedding,activation,fuse,dead_code"
+    smallest = sizes.measure(lower(measured, f"assign{{mode=uniform,format=sign-g32,over={over}}},{rest}")).total_bytes
+    budget = smallest * room / 1e6
+    chosen = lower(measured, f"assign{{{formats},target_size={budget!r},over={over}}},{rest}")
+    taken = sizes.measure(chosen).total_bytes
+    assert taken <= budget * 1e6
+    # No site could be larger: what is left is less than the smallest step of any.
+    steps = []
+    for site in sizes.measure(chosen).sites:
+        names = ["sign-g32", "int4-g32", "int8-channel"]
+        if site.in_block and site.format != names[-1]:
+            larger = Format.parse(names[names.index(site.format) + 1]).nbytes(site.out_features, site.in_features)
+            steps.append(larger - site.nbytes)
+    assert budget * 1e6 - taken < min(steps)
+    with pytest.raises(HikuiError, match=r"A budget of .* MB cannot be met: .* take at least ([0-9.]+) MB"):
+        lower(measured, f"assign{{{formats},target_size={smallest / 2e6!r},over={over}}}")
+
+
+def test_a_size_needs_the_formats_of_all_other_sites() -> None:
+    with pytest.raises(HikuiError, match="Site lm_head has no format yet, so what it will take is not known"):
+        assigned("target_size=0.5,over=blocks")
+    with pytest.raises(UsageError, match="assign cannot keep to -1 MB; target_size is above 0, or 0 for none"):
+        Assign(target_size=-1.0)
