@@ -58,6 +58,10 @@ def _oldest_onnxruntime(model: ir.Model) -> str:
     return "1.19" if rotates else f"1.{API_FLOOR}"
 
 
+_PROGRAM = 2_000_000
+"""Bytes of the graph of a model of 30 blocks, of the operators for all kernels, and of report and manifest."""
+
+
 def _updates_caches_in_place(model: ir.Model) -> bool:
     """Whether every new cache comes from an operator that can write it over the old one."""
     producers = [output.producer() for output in model.graph.outputs[1:]]
@@ -68,6 +72,10 @@ class OnnxRuntimeBackend:
     """Builds an ONNX model that runs where ONNX Runtime does, with hikui's kernels beside it."""
 
     name = "onnxruntime"
+
+    def nbytes_beside_weights(self, target: Target) -> int:
+        """The graph and the custom operators; ONNX Runtime itself is the board's."""
+        return _PROGRAM
 
     def build(self, program: Program, target: Target, directory: Path, progress: Progress) -> BuildResult:
         """Writes the model under an existing, empty `directory`.

@@ -30,6 +30,10 @@ _NO_TEXT = (
 )
 
 
+_PROGRAM = 1_200_000
+"""Bytes of the library of a model of 30 blocks with all kernels, of its index, report and manifest."""
+
+
 def tvm_target(target: Target) -> Any:
     """TVM's name for the target's CPU.
 
@@ -73,6 +77,11 @@ class TvmBackend:
     """Compiles with TVM; the board needs its two runtime libraries, which come along, and no Python."""
 
     name = "tvm"
+
+    def nbytes_beside_weights(self, target: Target) -> int:
+        """TVM's runtime, the runner, and a program with the kernels that it calls."""
+        runtime = [*toolchain.runtime_libraries(target.triple), build_runner(target.triple)]
+        return sum(path.stat().st_size for path in runtime) + _PROGRAM
 
     def build(self, program: Program, target: Target, directory: Path, progress: Progress) -> BuildResult:
         """Writes the library, the weights, the index, the token texts, the runner and TVM's runtime.

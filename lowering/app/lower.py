@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Unpack
 
 from hikui.lowering.app.assemble import Prepared, assemble, checkpoint_folders
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from hikui.lowering.artefact.backend import Backend
 
 BACKENDS = ("tvm", "onnxruntime")
+
+_BYTES_A_TOKEN = 20
+"""Of the table of texts, a length and some bytes, and of the reference numbers."""
 
 
 def make_backend(name: str) -> "Backend":
@@ -80,6 +84,7 @@ def prepare(
     scratch: Path | None = None,
     finished: Path | None = None,
     keep_floats: bool = False,
+    beside: int = 0,
 ) -> Prepared:
     """Traces a model and runs a recipe's passes on it.
 
@@ -89,6 +94,7 @@ def prepare(
         scratch: folder for tensors that passes make; None keeps them in memory.
         finished: folder for finished work; None keeps none.
         keep_floats: keep the last program whose sites were all float.
+        beside: bytes of the artefact to come that are neither weights nor tokenizer, where a size is asked for.
 
     Raises:
         HikuiError: the model, the recipe or the calibration text is at fault, in one sentence.
@@ -111,6 +117,9 @@ def prepare(
     execution.progress("trace", 0, 1)
     traced, fidelity = request.compared(scratch=scratch)
     execution.progress("trace", 1, 1)
+    if request.target_size is not None:
+        chosen = request.loaded_recipe(beside + tokenizer_nbytes(traced))
+        passes = chosen.build(known)
     data = read_calibration(traced, path, chosen.calibration) if calibrates or path is not None else None
     for notice in model_notices(traced, request.source, checkpoint_folders(traced)):
         warn(notice)
@@ -234,7 +243,8 @@ def lower(
         target: a target's name (`hikui targets`), or `host`.
         backend: `tvm` or `onnxruntime`.
         execution: how the work is done.
-        **options: `recipe`, `calibration`, `context`, `target_bpw`, `tokenizer`, `trust_remote_code`, as in `Request`.
+        **options: `recipe`, `calibration`, `context`, `target_bpw`, `target_size`, `tokenizer`, `trust_remote_code`, as
+            in `Request`.
 
     Raises:
         HikuiError: one sentence that says what is wrong and the way out.
@@ -255,12 +265,37 @@ def make_artefact(
     builder = make_backend(backend)
     finished = resume_folder(Path(output))
     with StagedFolder(Path(output), artefacts.MANIFEST) as staged:
-        prepared = prepare(request, execution, scratch=staged.scratch, finished=finished if execution.resume else None)
+        prepared = prepare(
+            request,
+            execution,
+            scratch=staged.scratch,
+            finished=finished if execution.resume else None,
+            beside=0 if request.target_size is None else builder.nbytes_beside_weights(board),
+        )
         for notice in assemble(staged.content, prepared, board, builder, execution.progress):
             execution.warn(notice)
+        if request.target_size is not None and (taken := folder_nbytes(staged.content)) > request.target_size * 1e6:
+            execution.warn(
+                f"The artefact takes {taken / 1e6:.2f} MB, more than the {request.target_size:g} MB asked for: its "
+                "program is larger than was reckoned; ask for as much less."
+            )
         require_working(staged.content)
     shutil.rmtree(finished, ignore_errors=True)
     return Artefact.load(staged.destination)
+
+
+def tokenizer_nbytes(program: Program) -> int:
+    """Bytes that a model's tokenizer takes in an artefact: its files, and a table of its tokens' texts."""
+    if program.tokenizer is None:
+        return 0
+    with TemporaryDirectory() as scratch:
+        text.copy_tokenizer(program.tokenizer, Path(scratch) / artefacts.TOKENIZER)
+        return folder_nbytes(Path(scratch)) + _BYTES_A_TOKEN * program.config.vocabulary
+
+
+def folder_nbytes(folder: Path) -> int:
+    """Bytes of all files in a folder and those inside it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def resume_folder(output: Path) -> Path:

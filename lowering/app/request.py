@@ -28,6 +28,7 @@ class RequestOptions(TypedDict, total=False):
     calibration: str | Path | None
     context: int | None
     target_bpw: float | None
+    target_size: float | None
     tokenizer: str | Path | None
     trust_remote_code: bool
 
@@ -44,6 +45,7 @@ class Request:
             comes with hikui.
         context: context length; by default the model's own, at most 2048.
         target_bpw: budget in bits per weight for the pass of the recipe that keeps to one.
+        target_size: budget in megabytes (10⁶ bytes) of the whole artefact, for the same pass.
         tokenizer: folder with a tokenizer, instead of the model's own.
         trust_remote_code: run Python files that come with the model, the tokenizer or a task; otherwise what needs them
             is refused.
@@ -56,6 +58,11 @@ class Request:
     target_bpw: float | None = None
     tokenizer: str | Path | None = None
     trust_remote_code: bool = False
+    target_size: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.target_bpw is not None and self.target_size is not None:
+            raise UsageError("A budget is either of bits per weight or of a size; leave out target_bpw or target_size.")
 
     @property
     def name(self) -> str:
@@ -116,11 +123,24 @@ class Request:
             trust_remote_code=self.trust_remote_code,
         )
 
-    def loaded_recipe(self) -> Recipe:
-        """The recipe, its budget set to the one that is asked for; see `load_recipe`."""
+    def loaded_recipe(self, beside: int = 0) -> Recipe:
+        """The recipe, its budget set to the one that is asked for; see `load_recipe`.
+
+        Args:
+            beside: bytes of the artefact that are no weights.
+        """
         if self.recipe is None:
             raise UsageError(f"{self.name} is to be lowered, and no recipe says how; name one.")
-        return load_recipe(self.recipe, self.target_bpw)
+        chosen = load_recipe(self.recipe, self.target_bpw)
+        if self.target_size is None:
+            return chosen
+        left = self.target_size - beside / 1e6
+        if left <= 0:
+            raise UsageError(
+                f"A size of {self.target_size:g} MB leaves no room for weights: runtime, program and tokenizer take "
+                f"{beside / 1e6:.1f} MB; raise it."
+            )
+        return chosen.with_size(left, available_passes())
 
 
 @dataclass(frozen=True)

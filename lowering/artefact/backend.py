@@ -31,6 +31,14 @@ class Backend(Protocol):
 
     name: str
 
+    def nbytes_beside_weights(self, target: Target) -> int:
+        """About how many bytes of an artefact are runtime and program, rather too many than too few.
+
+        Raises:
+            HikuiError: the runtime for the target is not here and cannot be fetched.
+        """
+        ...
+
     def build(self, program: Program, target: Target, directory: Path, progress: Progress) -> BuildResult:
         """Writes the model's files under an existing `directory`.
 

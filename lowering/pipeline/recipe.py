@@ -150,6 +150,25 @@ class Recipe(BaseModel):
             )
         return self.with_options({name: {option: target_bpw} for name, option in keepers.items()})
 
+    def with_size(self, megabytes: float, available: Passes) -> "Recipe":
+        """The recipe with a budget in megabytes (10⁶ bytes) of all weights.
+
+        Raises:
+            UsageError: none of its passes keeps to one.
+        """
+        keepers = {
+            step.name: kind.size_budget
+            for step in self.passes
+            if (kind := available.get(step.name)) and kind.size_budget
+        }
+        if not keepers:
+            able = " or ".join(sorted(kind.name for kind in available.values() if kind.size_budget))
+            raise UsageError(
+                f"Recipe {self.name} has no pass {able}, so a size has no effect on it; choose a recipe that has it, "
+                "such as size-60mb."
+            )
+        return self.with_options({name: {option: megabytes} for name, option in keepers.items()})
+
     def resolved(self, available: Passes) -> str:
         """The recipe as YAML, overrides as passes, every option spelled out; it reads back as the same passes."""
         steps: list[object] = []

@@ -20,6 +20,7 @@ def lower(
     calibration: options.CalibrationText = None,
     context: options.Context = None,
     target_bpw: options.TargetBpw = None,
+    target_size: options.TargetSize = None,
     tokenizer: options.TokenizerFolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
     debug_dump: options.DumpFolder = None,
@@ -36,7 +37,7 @@ def lower(
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.engine.jobs import Jobs
 
-    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code)
+    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code, target_size)
     with progress() as step:
         execution = Execution(
             resume=not no_resume,

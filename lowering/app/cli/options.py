@@ -109,6 +109,15 @@ TargetBpw = Annotated[
         show_default=False,
     ),
 ]
+TargetSize = Annotated[
+    float | None,
+    typer.Option(
+        "--target-size",
+        callback=above(0),
+        help="Budget of the recipe's `assign` pass, in megabytes of the whole artefact.",
+        show_default=False,
+    ),
+]
 DumpFolder = Annotated[
     Path | None,
     typer.Option(

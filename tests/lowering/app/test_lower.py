@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import yaml
 
 import hikui
 from hikui.lowering.app.assemble import Prepared, require_room
-from hikui.lowering.app.lower import build, lower, make_artefact, prepare, resume_folder
+from hikui.lowering.app.lower import build, lower, make_artefact, make_backend, prepare, resume_folder
 from hikui.lowering.app.request import Execution, Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
 from hikui.lowering.artefact.manifest import MANIFEST, Artefact, inventory
+from hikui.lowering.artefact.target import resolve
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Packed
 from hikui.lowering.ir.printer import to_text
@@ -280,3 +282,25 @@ def test_passes_that_learn_read_more_windows_than_passes_that_measure(tiny: Path
     notes = {record.step.split("{")[0]: record.notes for record in prepared.records}
     assert any("tokens of 2 texts" in note for note in notes["guide"])
     assert any("on 2 held-out texts" in note for note in notes["distil"])
+
+
+@pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
+def test_an_artefact_of_the_size_asked_for(tiny: Path, stories: Path, tmp_path: Path, backend: str) -> None:
+    """Within what is reckoned for the program, and never a byte more."""
+    told: list[str] = []
+    chosen = load_recipe("mixed-5.5bit").model_copy(update={"calibration": CalibrationSettings(samples=2, tokens=24)})
+    smallest = Request(tiny, chosen, calibration=stories, target_size=1e-3)
+    with pytest.raises(UsageError, match=r"A size of 0.001 MB leaves no room for weights: runtime, .* take [0-9.]+ MB"):
+        make_artefact(smallest, tmp_path / "none", backend=backend)
+    beside = make_backend(backend).nbytes_beside_weights(resolve("host")) / 1e6
+    request = replace(smallest, target_size=beside + 0.12)
+    artefact = make_artefact(
+        request, tmp_path / "out", backend=backend, execution=Execution(warn=told.append, resume=False)
+    )
+    assert artefact.manifest.sizes.total_bytes <= request.target_size * 1e6  # type: ignore[operator]
+    assert not any("more than the" in sentence for sentence in told)
+    assert "target_size=" in artefact.manifest.provenance.pipeline
+    with pytest.raises(UsageError, match="A budget is either of bits per weight or of a size"):
+        Request(tiny, chosen, target_bpw=5.0, target_size=60.0)
+    with pytest.raises(UsageError, match="Recipe int4 has no pass assign, so a size has no effect on it"):
+        Request(tiny, "int4", target_size=60.0).loaded_recipe()
