@@ -24,7 +24,7 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.pipeline import calibration as calibrations
 from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext, PassResult
 from hikui.lowering.pipeline.debug_dump import DebugDump
-from hikui.lowering.pipeline.recipe import CalibrationSettings
+from hikui.lowering.pipeline.recipe import CalibrationSettings, Recipe
 from hikui.lowering.pipeline.run import Callback, InputUnchanged, Pipeline
 from hikui.lowering.progress import Progress, log_warning, no_progress
 from hikui.models import calibration
@@ -85,6 +85,7 @@ def prepare(
     finished: Path | None = None,
     keep_floats: bool = False,
     beside: int = 0,
+    only_assign: bool = False,
 ) -> Prepared:
     """Traces a model and runs a recipe's passes on it.
 
@@ -95,13 +96,15 @@ def prepare(
         finished: folder for finished work; None keeps none.
         keep_floats: keep the last program whose sites were all float.
         beside: bytes of the artefact to come that are neither weights nor tokenizer, where a size is asked for.
+        only_assign: stop behind the last pass that keeps to a budget.
 
     Raises:
         HikuiError: the model, the recipe or the calibration text is at fault, in one sentence.
+        UsageError: no pass keeps to a budget, and only these were asked for.
     """
     chosen = request.loaded_recipe()
     known = available_passes()
-    passes = chosen.build(known)
+    passes = _passes(chosen, known, only_assign)
     path = None if request.calibration is None else Path(request.calibration)
     if path is not None:
         text.read_documents(path)
@@ -119,17 +122,15 @@ def prepare(
     execution.progress("trace", 1, 1)
     if request.target_size is not None:
         chosen = request.loaded_recipe(beside + tokenizer_nbytes(traced))
-        passes = chosen.build(known)
+        passes = _passes(chosen, known, only_assign)
     data = read_calibration(traced, path, chosen.calibration) if calibrates or path is not None else None
     for notice in model_notices(traced, request.source, checkpoint_folders(traced)):
         warn(notice)
-    if data is not None and calibrates:
-        if path is None:
-            tell = execution.announce if traced.tokenizer is not None else warn
-            tell(standing_in(data))
-        else:
-            for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
-                warn(notice)
+    if data is not None and calibrates and path is None:
+        (execution.announce if traced.tokenizer is not None else warn)(standing_in(data))
+    elif data is not None and calibrates:
+        for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
+            warn(notice)
     keep = _KeepCanonical(keep_floats)
     callbacks: list[Callback] = [keep]
     if execution.debug_dump is not None:
@@ -169,6 +170,20 @@ def prepare(
         tuple(notices),
         fidelity,
     )
+
+
+def _passes(recipe: Recipe, known: dict[str, type[Pass]], only_assign: bool) -> list[Pass]:
+    """A recipe's passes, or those up to the last one that keeps to a budget."""
+    passes = recipe.build(known)
+    if not only_assign:
+        return passes
+    last = max((index for index, step in enumerate(passes) if step.budget), default=None)
+    if last is None:
+        raise UsageError(
+            f"Recipe {recipe.name} has no pass that keeps to a budget, so there is nothing to predict; `hikui inspect` "
+            "tells what an artefact takes."
+        )
+    return passes[: last + 1]
 
 
 def _resumed(folder: Path, key: str) -> Resume:

@@ -1,12 +1,16 @@
 """`hikui lower`."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hikui.lowering.app.cli import options
 from hikui.lowering.app.cli.console import announce, debug, emit, progress, size, warn
+
+if TYPE_CHECKING:
+    from hikui.lowering.app.prediction import Prediction
 
 
 def lower(
@@ -23,6 +27,13 @@ def lower(
     target_size: options.TargetSize = None,
     tokenizer: options.TokenizerFolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Only choose formats under the budget, and predict size and cost; lowering goes on from there.",
+        ),
+    ] = False,
     debug_dump: options.DumpFolder = None,
     no_resume: Annotated[
         bool, typer.Option("--no-resume", help="Start anew, and keep nothing to go on from after a kill.")
@@ -34,6 +45,7 @@ def lower(
 ) -> None:
     """Lower a model to an artefact."""
     from hikui.lowering.app.lower import make_artefact, peak_memory
+    from hikui.lowering.app.prediction import predict
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.engine.jobs import Jobs
 
@@ -49,7 +61,13 @@ def lower(
             announce=announce,
             warn=warn,
         )
-        artefact = make_artefact(request, output, target=target, backend=backend, execution=execution)
+        if dry_run:
+            predicted = predict(request, output, target=target, backend=backend, execution=execution)
+        else:
+            artefact = make_artefact(request, output, target=target, backend=backend, execution=execution)
+    if dry_run:
+        _show(predicted, as_json)
+        return
     manifest = artefact.manifest
     sizes = manifest.sizes
     if as_json:
@@ -69,3 +87,14 @@ def lower(
         f"({sizes.block_bpw:.3f} in blocks, {sizes.all_bpw:.3f} of everything stored; {size(sizes.linear_bytes)} of "
         f"linear sites), {size(sizes.total_bytes)} in all"
     )
+
+
+def _show(predicted: "Prediction", as_json: bool) -> None:
+    if as_json:
+        emit(asdict(predicted))
+        return
+    typer.echo(
+        f"{predicted.block_bpw:.3f} bits per weight in blocks, {size(predicted.weight_bytes)} of weights, an artefact "
+        f"of about {size(predicted.artefact_bytes)}; the costs of its sites add up to {predicted.cost:.4g}"
+    )
+    typer.echo(", ".join(f"{count} × {name}" for name, count in predicted.formats.items()))

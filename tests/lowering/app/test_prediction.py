@@ -1,0 +1,70 @@
+"""hikui lower --dry-run: what it predicts against the artefact, and that lowering goes on from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hikui.lowering.app.lower import make_artefact, resume_folder
+from hikui.lowering.app.prediction import predict
+from hikui.lowering.app.request import Execution, Request, load_recipe
+from hikui.lowering.errors import UsageError
+from hikui.lowering.pipeline.recipe import CalibrationSettings
+from tests.lowering.conftest import Command
+
+
+def request(tiny: Path, stories: Path, recipe: str = "mixed-5.5bit") -> Request:
+    few = CalibrationSettings(samples=2, tokens=24)
+    return Request(
+        tiny,
+        load_recipe(recipe).model_copy(update={"calibration": few}),
+        calibration=stories,
+        target_bpw=None if recipe == "int4" else 7.0,
+    )
+
+
+@pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
+def test_it_is_what_becomes(tiny: Path, stories: Path, tmp_path: Path, backend: str) -> None:
+    asked, output = request(tiny, stories), tmp_path / "out"
+    predicted = predict(asked, output, backend=backend)
+    assert not output.exists() and resume_folder(output).exists()
+    seen: list[str] = []
+    artefact = make_artefact(
+        asked, output, backend=backend, execution=Execution(progress=lambda name, done, total: seen.append(name))
+    )
+    sizes = artefact.manifest.sizes
+    assert predicted.block_bpw == pytest.approx(sizes.block_bpw, rel=1e-5)
+    assert predicted.weight_bytes == sizes.weight_bytes
+    # Rather too much than too little.
+    assert sizes.total_bytes <= predicted.artefact_bytes < sizes.total_bytes + 3e6
+    found: dict[str, int] = {}
+    for site in artefact.manifest.sites.values():
+        found[site.format] = found.get(site.format, 0) + 1
+    assert predicted.formats == found
+    assert predicted.cost > 0
+
+
+def test_a_recipe_without_a_budget_has_nothing_to_predict(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="Recipe int4 has no pass that keeps to a budget, so there is nothing to"):
+        predict(request(tiny, stories, "int4"), tmp_path / "out")
+
+
+def test_the_command(hikui_command: Command, tiny: Path, stories: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    options = (
+        str(tiny),
+        "--recipe",
+        "mixed-5.5bit",
+        "--calibration",
+        str(stories),
+        "--target-bpw",
+        "7",
+        "-o",
+        str(output),
+        "--dry-run",
+    )
+    status, out, _ = hikui_command("lower", *options)
+    assert status == 0 and "bits per weight in blocks" in out and "× int4-g64" in out
+    assert not output.exists()
+    status, out, _ = hikui_command("lower", *options, "--json")
+    assert status == 0 and json.loads(out)["weight_bytes"] > 0
