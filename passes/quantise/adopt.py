@@ -21,6 +21,7 @@ from hikui.passes.matrices import row_parts
 from hikui.passes.quantise.columns import Gathers
 from hikui.passes.quantise.packing import pack_by_rows, replace_with_packed
 from hikui.passes.quantise.rounding import dequantise, round_matrix
+from hikui.passes.quantise.ternary import adopt_ternary, may_be_ternary
 
 _EXACT = ("sign", "ternary", "int2", "int3", "int4", "int8")
 """The kinds that may hold the codes of a checkpoint, the smallest first."""
@@ -31,14 +32,16 @@ _TURNED = ("int2", "int3", "int4")
 
 @dataclass(frozen=True)
 class Adopt(Pass):
-    """Packs the sites of a GPTQ or AWQ checkpoint, or of a GGUF's Q4_0 and Q8_0, without rounding them again.
+    """Packs the sites of a GPTQ or AWQ checkpoint, of a GGUF's Q4_0 and Q8_0, or of a BitNet, without rounding again.
 
     A weight of theirs is scale · (field − zero); ours is scale · code. So the code is field − zero, and each site gets
     the smallest kind that holds all of its codes: symmetric 4, 3 and 2 bits are int4, int3 and int2, any other zeros
     make up to twice as many codes and take a kind of more bits. Groups of a multiple of 32 columns are kept, or split
     into groups of at most 256; act-order becomes a gather of the activation. Q4_0 is int4 and Q8_0 is int8 in groups of
     32, or a smaller kind that holds all codes. Sites that `override` gave a format, and sites of floats, are left to
-    `rtn`; so are those of a GGUF that are of another type or whose codes no kind holds, and a note says from what.
+    `rtn`; so are those of a GGUF that are of another type or whose codes no kind holds, and a note says from what. A
+    float matrix of which every row holds but one magnitude and zero, as in a BitNet, is `ternary-channel`, or
+    `sign-channel` where it has no zero; its scales are rounded to float16.
 
     Attributes:
         lossy: a format for the sites whose codes no kind of at most its bits holds, as `int4-g64`: they are rounded to
@@ -64,7 +67,11 @@ class Adopt(Pass):
         """Raises HikuiError where no site is named, or the model comes from no such checkpoint."""
         if not sites(program):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
-        found = [node for node in float_sites(program) if quantised_matrix(program, node) is not None]
+        found = [
+            node
+            for node in float_sites(program)
+            if quantised_matrix(program, node) is not None or may_be_ternary(program, node)
+        ]
         if not found and len(float_sites(program)) == len(sites(program)):
             tensors = (_gguf_tensor(program, node) for node in sites(program))
             kinds = sorted({tensor.kind for tensor in tensors if tensor is not None})
@@ -74,8 +81,8 @@ class Adopt(Pass):
                     "of Q4_0 and Q8_0; quantise with `rtn`."
                 )
             raise HikuiError(
-                "No site comes from a GPTQ or AWQ checkpoint, or from a GGUF, so there is nothing to adopt; give such "
-                "a checkpoint, or quantise with `rtn`."
+                "No site comes from a GPTQ or AWQ checkpoint, from a GGUF or a BitNet, so there is nothing to adopt; "
+                "give such a checkpoint, or quantise with `rtn`."
             )
 
     def _eligible(self, program: Program) -> list[fx.Node]:
@@ -102,10 +109,12 @@ class Adopt(Pass):
         """
         work = program.clone()
         chosen = self._chosen(work)
-        if not chosen:
+        ternary = [node for node in self._eligible(work) if may_be_ternary(work, node)]
+        adopted = [note for node in ternary for note in adopt_ternary(work, node)]
+        if not chosen and not adopted:
             return PassResult(program, False)
         gathers = Gathers(work)
-        notes = self._left_as_floats(work)
+        notes = adopted + self._left_as_floats(work)
         for index, (node, matrix) in enumerate(chosen):
             context.progress("adopt", index, len(chosen))
             notes += self._adopt(work, node, matrix, gathers)
