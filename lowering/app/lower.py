@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Unpack
 
 from hikui.lowering.app.assemble import Prepared, assemble, checkpoint_folders
-from hikui.lowering.app.notices import calibration_notices, model_notices, standing_in
+from hikui.lowering.app.notices import model_notices, tell_of_text
 from hikui.lowering.app.opened import require_working
 from hikui.lowering.app.request import Execution, Model, Request, RequestOptions, available_passes
 from hikui.lowering.artefact import manifest as artefacts
@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 
 BACKENDS = ("tvm", "onnxruntime")
 
-_BYTES_A_TOKEN = 20
-"""Of the table of texts, a length and some bytes, and of the reference numbers."""
+_REFERENCE_BYTES = 16
+"""Of the reference numbers, for each token of the vocabulary: four rows of logits."""
+
+_TEXT_BYTES = 12
+"""Of the table of the tokens' texts: a place and some bytes."""
 
 
 def make_backend(name: str) -> "Backend":
@@ -126,11 +129,8 @@ def prepare(
     data = read_calibration(traced, path, chosen.calibration) if calibrates or path is not None else None
     for notice in model_notices(traced, request.source, checkpoint_folders(traced)):
         warn(notice)
-    if data is not None and calibrates and path is None:
-        (execution.announce if traced.tokenizer is not None else warn)(standing_in(data))
-    elif data is not None and calibrates:
-        for notice in calibration_notices(data, chosen.calibration, traced.config.context_length):
-            warn(notice)
+    if data is not None and calibrates:
+        tell_of_text(data, path, chosen.calibration, traced, execution.announce, warn)
     keep = _KeepCanonical(keep_floats)
     callbacks: list[Callback] = [keep]
     if execution.debug_dump is not None:
@@ -139,11 +139,14 @@ def prepare(
         callbacks.append(InputUnchanged())
     pipeline = Pipeline(passes, callbacks)
     resolved = chosen.resolved(known)
-    kept = Resume()
+    kept, settings = Resume(), chosen.calibration
     if finished is not None:
-        kinds = [type(step) for step in passes]
-        kept = _resumed(finished, run_key(traced, resolved, data.chunks if data else (), kinds))
-    settings = chosen.calibration
+        # Passes say themselves what theirs depends on, so that another budget need not measure anew.
+        kinds = [type(step) for step in chosen.build(known)]
+        read = f"{settings.samples} windows to measure on, {settings.training} to learn from"
+        kept = Resume(finished / run_key(traced, read, data.chunks if data else (), kinds))
+        if not only_assign:
+            _forget(finished, kept, pipeline.scopes())
     context = PassContext(
         None if data is None else Calibration(data.chunks[: settings.samples], data.source),
         scratch,
@@ -186,12 +189,13 @@ def _passes(recipe: Recipe, known: dict[str, type[Pass]], only_assign: bool) -> 
     return passes[: last + 1]
 
 
-def _resumed(folder: Path, key: str) -> Resume:
-    """Where the finished work of a run is; what other runs have left there is removed."""
-    for other in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if other.name != key:
-            shutil.rmtree(other, ignore_errors=True)
-    return Resume(folder / key)
+def _forget(folder: Path, kept: Resume, scopes: list[str]) -> None:
+    """Removes what other runs have left in the folder of finished work."""
+    assert kept.folder is not None, "something is kept"
+    for place, wanted in ((folder, [kept.folder.name]), (kept.folder, scopes)):
+        for other in sorted(place.iterdir()) if place.is_dir() else []:
+            if other.name not in wanted:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def build(
@@ -291,8 +295,8 @@ def make_artefact(
             execution.warn(notice)
         if request.target_size is not None and (taken := folder_nbytes(staged.content)) > request.target_size * 1e6:
             execution.warn(
-                f"The artefact takes {taken / 1e6:.2f} MB, more than the {request.target_size:g} MB asked for: its "
-                "program is larger than was reckoned; ask for as much less."
+                f"The artefact takes {taken / 1e6:.2f} MB, more than the {request.target_size:g} MB asked for: what is "
+                "beside the chosen formats is larger than was reckoned; ask for as much less."
             )
         require_working(staged.content)
     shutil.rmtree(finished, ignore_errors=True)
@@ -300,12 +304,13 @@ def make_artefact(
 
 
 def tokenizer_nbytes(program: Program) -> int:
-    """Bytes that a model's tokenizer takes in an artefact: its files, and a table of its tokens' texts."""
+    """Bytes that a model's tokens take in an artefact: the tokenizer, a table of texts, and reference numbers."""
+    logits = _REFERENCE_BYTES * program.config.vocabulary
     if program.tokenizer is None:
-        return 0
+        return logits
     with TemporaryDirectory() as scratch:
         text.copy_tokenizer(program.tokenizer, Path(scratch) / artefacts.TOKENIZER)
-        return folder_nbytes(Path(scratch)) + _BYTES_A_TOKEN * program.config.vocabulary
+        return folder_nbytes(Path(scratch)) + logits + _TEXT_BYTES * program.config.vocabulary
 
 
 def folder_nbytes(folder: Path) -> int:

@@ -14,7 +14,11 @@ from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.steps import check_ids
 from hikui.lowering.pipeline.contract import Calibration
 from hikui.lowering.pipeline.recipe import CalibrationSettings
+from hikui.lowering.progress import Announce
 from hikui.models import calibration
+
+_ENOUGH = 0.9
+"""Of the tokens to learn from that were asked for."""
 
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (None, 1, 1.0),
@@ -122,14 +126,43 @@ def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:
 def calibration_notices(data: Calibration, settings: CalibrationSettings, context: int) -> list[str]:
     """A sentence where a text gave fewer windows, or shorter ones, than the recipe asks for."""
     length = min(settings.tokens, context)
-    tokens, wanted = sum(chunk.shape[1] for chunk in data.chunks), settings.windows * length
-    if len(data.chunks) == settings.windows and tokens == wanted:
-        return []
-    return [
-        f"The calibration text {data.source} is too short: it gives {len(data.chunks)} window(s) with {tokens} tokens "
-        f"in all, and the recipe asks for {settings.windows} of {length}, {wanted} tokens; what is measured on so "
-        "little may do harm, so give a longer text."
-    ]
+    for count, harm in (
+        (settings.samples, "what is measured on so little may do harm, so give a longer text."),
+        (settings.training, "what learns from so little learns less, so give a longer text."),
+    ):
+        chunks = data.chunks[:count]
+        tokens, wanted = sum(chunk.shape[1] for chunk in chunks), count * length
+        # Text to learn from may end in some shorter windows.
+        if tokens < (wanted if count == settings.samples else wanted * _ENOUGH):
+            return [
+                f"The calibration text {data.source} is too short: it gives {len(chunks)} window(s) with {tokens} "
+                f"tokens in all, and the recipe asks for {count} of {length}, {wanted} tokens; {harm}"
+            ]
+    return []
+
+
+def tell_of_text(
+    data: Calibration,
+    path: Path | None,
+    settings: CalibrationSettings,
+    program: Program,
+    announce: Announce,
+    warn: Announce,
+) -> None:
+    """Says what text a model is measured on, where it was not asked for or is too short.
+
+    Args:
+        data: what was read.
+        path: of the text that was given, or None.
+        settings: what was asked for.
+        program: the model's.
+        announce: told what is no cause for worry.
+        warn: told what is.
+    """
+    if path is None:
+        (announce if program.tokenizer is not None else warn)(standing_in(data))
+    for notice in calibration_notices(data, settings, program.config.context_length):
+        warn(notice)
 
 
 def standing_in(data: Calibration) -> str:

@@ -3,11 +3,22 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import fx
+
 from hikui.lowering.app.lower import make_backend, prepare, resume_folder, tokenizer_nbytes
-from hikui.lowering.app.request import Execution, Request
+from hikui.lowering.app.request import Execution, Request, available_passes
+from hikui.lowering.artefact.manifest import MANIFEST
+from hikui.lowering.artefact.staging import StagedFolder
 from hikui.lowering.artefact.target import resolve
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.program import BLOCK, FORMAT, SENSITIVITY
+from hikui.lowering.ir import sizes
+from hikui.lowering.ir.program import BLOCK, FORMAT, SENSITIVITY, Program
+from hikui.lowering.pipeline.contract import Pass
+from hikui.passes.graph import float_sites, groups, matrix_shape
+from hikui.passes.precision.candidates import tied_nbytes
+from hikui.passes.precision.rest import rest_nbytes
+from hikui.passes.quantise.pack import Pack
+from hikui.passes.quantise.rounder import Rounder
 
 
 @dataclass(frozen=True)
@@ -40,34 +51,58 @@ def predict(
         HikuiError: the model, the recipe or the text is at fault, or the budget cannot be met.
         UsageError: the recipe has no pass that keeps to a budget.
     """
-    from hikui.passes.graph import float_sites, matrix_shape
-    from hikui.passes.precision.rest import rest_nbytes
-
     board, builder = resolve(target), make_backend(backend)
     beside = builder.nbytes_beside_weights(board)
-    prepared = prepare(
-        request,
-        execution,
-        finished=resume_folder(output) if execution.resume else None,
-        beside=beside,
-        only_assign=True,
+    with StagedFolder(output, MANIFEST, publish=False) as held:
+        prepared = prepare(
+            request,
+            execution,
+            scratch=held.scratch,
+            finished=resume_folder(output) if execution.resume else None,
+            beside=beside,
+            only_assign=True,
+        )
+        program = prepared.program.clone()
+        rest = request.loaded_recipe(beside).build(available_passes())[len(prepared.passes) :]
+        _format_all(program, rest)
+        sites = float_sites(program)
+        packed = sizes.measure(prepared.program)
+        inside = [site.parameters for site in packed.sites if site.in_block]
+        nbytes = sum(site.nbytes for site in packed.sites if site.in_block and site.format != "float32")
+        for members in groups([node for node in sites if BLOCK in node.meta]).values():
+            formats = [Format.parse(node.meta[FORMAT]) for node in members]
+            nbytes += tied_nbytes(formats, [matrix_shape(node) for node in members])
+        every = _tied_nbytes(sites) + rest_nbytes(program, sites, _tables(prepared.passes))
+        counts: dict[str, int] = {}
+        for node in sites:
+            counts[node.meta[FORMAT]] = counts.get(node.meta[FORMAT], 0) + 1
+        return Prediction(
+            8 * nbytes / sum(inside) if inside else 0.0,
+            every,
+            every + beside + tokenizer_nbytes(program),
+            sum(float(node.meta.get(SENSITIVITY, {}).get(node.meta[FORMAT], 0.0)) for node in sites),
+            dict(sorted(counts.items())),
+        )
+
+
+def _tied_nbytes(sites: list[fx.Node]) -> int:
+    """Bytes of float sites in their formats, orders of columns counted once for those that share one."""
+    return sum(
+        tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], [matrix_shape(node) for node in members])
+        for members in groups(sites).values()
     )
-    program = prepared.program
-    sites = [node for node in float_sites(program) if FORMAT in node.meta]
-    taken = {node: Format.parse(node.meta[FORMAT]).nbytes(*matrix_shape(node)) for node in sites}
-    inside = [node for node in sites if BLOCK in node.meta]
-    weights = sum(n * k for n, k in map(matrix_shape, inside))
-    nbytes = sum(taken.values()) + rest_nbytes(program, sites, _tables(prepared.passes))
-    counts: dict[str, int] = {}
-    for node in sites:
-        counts[node.meta[FORMAT]] = counts.get(node.meta[FORMAT], 0) + 1
-    return Prediction(
-        8 * sum(taken[node] for node in inside) / weights if weights else 0.0,
-        nbytes,
-        nbytes + beside + tokenizer_nbytes(program),
-        sum(float(node.meta.get(SENSITIVITY, {}).get(node.meta[FORMAT], 0.0)) for node in sites),
-        dict(sorted(counts.items())),
-    )
+
+
+def _format_all(program: Program, rest: list[Pass]) -> None:
+    """Gives sites that have no format yet the one that the next quantiser that takes them has for them."""
+    for step in rest:
+        if isinstance(step, Rounder):
+            for node in step.chosen(program):
+                node.meta.setdefault(FORMAT, str(step.format_of(node)))
+        elif isinstance(step, Pack):
+            break
+    for node in float_sites(program):
+        node.meta.setdefault(FORMAT, "float32")
 
 
 def _tables(passes: tuple[object, ...]) -> Format:

@@ -38,14 +38,16 @@ class StagedFolder:
     Args:
         destination: the folder to make.
         marker: a file whose presence says that an existing folder may be replaced.
+        publish: whether `content` becomes the folder at the end; otherwise only the place is held meanwhile.
 
     Raises:
         HikuiError: the destination is something else than such a folder, cannot be written, or is being made.
     """
 
-    def __init__(self, destination: Path, marker: str) -> None:
+    def __init__(self, destination: Path, marker: str, *, publish: bool = True) -> None:
         self.destination = Path(os.path.abspath(destination))
         self._marker = marker
+        self._publishes = publish
 
     def __enter__(self) -> "StagedFolder":
         self._refuse_strangers()
@@ -67,7 +69,7 @@ class StagedFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if error is None:
+            if error is None and self._publishes:
                 self._publish()
         except OSError as problem:
             raise self.failure(problem) from problem

@@ -148,7 +148,11 @@ class Recipe(BaseModel):
                 f"Recipe {self.name} has no pass {able}, so target_bpw={target_bpw:g} has no effect; choose a recipe "
                 "that has it."
             )
-        return self.with_options({name: {option: target_bpw} for name, option in keepers.items()})
+        options = {name: {option: target_bpw} for name, option in keepers.items()}
+        for name in options:
+            if size := available[name].size_budget:
+                options[name][size] = 0.0
+        return self.with_options(options)
 
     def with_size(self, megabytes: float, available: Passes) -> "Recipe":
         """The recipe with a budget in megabytes (10⁶ bytes) of all weights.

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Protocol
 
 from hikui.lowering.errors import VerificationError
@@ -60,6 +61,14 @@ class Pipeline:
     def __str__(self) -> str:
         return pipeline_text(self.passes)
 
+    def scopes(self) -> list[str]:
+        """The name of what is kept of each pass, which depends on all passes up to it and on none behind."""
+        digests = [sha256(pipeline_text(self.passes[: index + 1]).encode()) for index in range(len(self.passes))]
+        return [
+            f"{index}-{step.name}-{digest.hexdigest()[:16]}"
+            for index, (step, digest) in enumerate(zip(self.passes, digests, strict=True))
+        ]
+
     def run(self, program: Program, context: PassContext | None = None) -> Program:
         """The program after all passes; `records` then tells what each did.
 
@@ -72,8 +81,8 @@ class Pipeline:
         context = context or PassContext()
         self.records = []
         verify(program)
-        for index, step in enumerate(self.passes):
-            own = replace(context, resume=context.resume.scope(f"{index}-{step.name}"))
+        for step, scope in zip(self.passes, self.scopes(), strict=True):
+            own = replace(context, resume=context.resume.scope(scope))
             for callback in self.callbacks:
                 callback.before(step, program)
             start = time.perf_counter()

@@ -5,8 +5,8 @@ from torch import fx
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.packed import is_packed
-from hikui.lowering.ir.program import FORMAT, SITE, Program
+from hikui.lowering.ir.packed import PackedLinear, is_packed
+from hikui.lowering.ir.program import FLOAT_WEIGHT, FORMAT, SITE, Program
 from hikui.passes.graph import float_sites, matrix_shape, weight_of
 from hikui.passes.quantise.embedding import lookups
 
@@ -38,8 +38,14 @@ def rest_nbytes(program: Program, chosen: list[fx.Node], tables: Format) -> int:
                 f"Site {node.meta[SITE]} has no format yet, so what it will take is not known; give it one with "
                 "`override`, or assign formats over all sites."
             )
-        total += Format.parse(node.meta[FORMAT]).nbytes(*matrix_shape(node))
+        fmt, (n, k) = Format.parse(node.meta[FORMAT]), matrix_shape(node)
+        total += fmt.nbytes(n, k) + fmt.permutation_nbytes(k)
         counted.add(key)
+    packed = {operand for node in program.graph.nodes if is_packed(node) for operand in node.all_input_nodes}
+    for node in program.graph.nodes:
+        if is_packed(node) and FLOAT_WEIGHT in node.meta and not PackedLinear.of(node).format.is_mixed:
+            # Its table, if it has one, is looked up in the packed matrix.
+            counted.add(str(node.meta[FLOAT_WEIGHT]))
     for node in lookups(program):
         table = node.args[0]
         assert isinstance(table, fx.Node), "it looks rows up in a stored matrix"
@@ -47,10 +53,10 @@ def rest_nbytes(program: Program, chosen: list[fx.Node], tables: Format) -> int:
         if key not in counted:
             total += tables.nbytes(*map(int, table.meta["val"].shape))
             counted.add(key)
-    packed = {operand for node in program.graph.nodes if is_packed(node) for operand in node.all_input_nodes}
     for node in program.weight_nodes():
         key, value = program.weight_of(node), node.meta["val"]
-        if key not in counted:
+        # What nothing reads goes with `dead_code`.
+        if key not in counted and node.users:
             counted.add(key)
             width = value.dtype.itemsize if node in packed or not value.dtype.is_floating_point else _FLOAT_BYTES
             total += int(torch.Size(value.shape).numel()) * width

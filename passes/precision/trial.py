@@ -16,12 +16,23 @@ from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format
+from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import BLOCK, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import Product, multiply_by, require_gradients
 from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, length, sections, without_head
-from hikui.passes.graph import float_sites, groups, is_measured, matrix_shape, selected, weight_of
+from hikui.passes.graph import (
+    aten,
+    float_sites,
+    groups,
+    is_call,
+    is_measured,
+    is_weight,
+    matrix_shape,
+    selected,
+    weight_of,
+)
 from hikui.passes.matrices import load_finite
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.precision.candidates import parse_formats
@@ -34,7 +45,8 @@ class Trial(Pass):
     """Rounds one site at a time to each format, and notes how far the next tokens move; nothing else is changed.
 
     The cost is KL(float‖one site rounded) in nats a token, over some of the calibration texts. Sites are rounded as
-    `rtn{weighted=true}` would where `calibrate` has measured them, else as `rtn` would.
+    `rtn{weighted=true}` would where `calibrate` has measured them, else as `rtn` would. What an earlier measure has
+    said of a site that is tried is forgotten: costs of two units cannot be added up.
 
     Attributes:
         formats: candidates, separated by `|`.
@@ -56,8 +68,13 @@ class Trial(Pass):
             raise UsageError(f"trial cannot read {self.texts} texts; give 1 or more.")
 
     def chosen(self, program: Program) -> list[fx.Node]:
-        """The unpacked sites that are tried, in graph order."""
-        return list(selected(float_sites(program), self.sites, self.skip))
+        """The unpacked sites that are tried, in graph order: those of blocks, and of what is behind them."""
+        found = list(selected(float_sites(program), self.sites, self.skip))
+        inside = [node for node in found if BLOCK in node.meta]
+        if not inside:
+            return []
+        head = set(sections(program, inside).head.nodes)
+        return [node for node in found if BLOCK in node.meta or node in head]
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where there is no float site, one is too narrow for a format, or a block is not known."""
@@ -67,7 +84,7 @@ class Trial(Pass):
         for fmt in parse_formats(self.formats):
             if fmt.is_mixed:
                 require_mixable(chosen, fmt)
-        if any(BLOCK in node.meta for node in chosen):
+        if chosen:
             parts = sections(program, [node for node in chosen if BLOCK in node.meta])
             require_gradients((*parts.blocks, parts.head), self.name)
 
@@ -84,18 +101,22 @@ class Trial(Pass):
         inside = [node for node in chosen if BLOCK in node.meta]
         if not inside:
             raise HikuiError("The model has no blocks with sites to try, and trial goes through blocks.")
+        if left := set(selected(float_sites(program), self.sites, self.skip)) - set(chosen):
+            names = ", ".join(sorted(node.meta[SITE] for node in left))
+            context.warn(
+                f"trial starts at the first block, so it has left out {names}; give them a format by `override`."
+            )
         parts = sections(program, inside)
         if (reason := without_head(parts, self.name)) is not None:
-            raise HikuiError(f"{reason}; use `sensitivity` in its place.")
+            raise HikuiError(f"{reason}; the pass `sensitivity` measures errors of outputs instead.")
         work = program.clone()
         with Workers(context.workers) as workers:
             costs = _Trials(self, program, parts, chosen, context, workers).run()
         nodes = {node.name: node for node in work.graph.nodes}
         changed = False
         for node in chosen:
-            found = {**node.meta.get(SENSITIVITY, {}), **costs[node]}
-            changed |= found != node.meta.get(SENSITIVITY)
-            nodes[node.name].meta[SENSITIVITY] = found
+            changed |= costs[node] != node.meta.get(SENSITIVITY)
+            nodes[node.name].meta[SENSITIVITY] = costs[node]
         if not changed:
             return PassResult(program, False)
         return PassResult(work, True, self._notes(chosen, costs))
@@ -137,7 +158,7 @@ class _Trials:
         self._context, self._workers = context, workers
         self._texts = list(context.calibration.chunks)[: options.texts]
         self._formats = parse_formats(options.formats)
-        footprint = _footprint(parts, self._texts, workers.count)
+        footprint = _footprint(parts, chosen, self._texts, workers.count)
         context.announce(f"{options.name} needs {footprint}")
         refuse_what_cannot_fit(footprint, context)
         self._tied = groups(chosen)
@@ -148,6 +169,7 @@ class _Trials:
                     self._orders[name, fmt] = mixed_order(program, members, fmt).long()
         self._chain = Chain(program, parts, {text.shape[1] for text in self._texts})
         self._matrices = {site: self._load(site) for span in parts.blocks for site in span.sites}
+        self._packed = {site: multiply_by(PackedLinear.of(site).dense(program.store)) for site in parts.head.sites}
         of_block = {site: index for index, span in enumerate(parts.blocks) for site in span.sites}
         self._stages: list[list[fx.Node]] = [[] for _ in range(len(parts.blocks) + 1)]
         for site in chosen:
@@ -208,7 +230,7 @@ class _Trials:
     def _said(self, values: Mapping[fx.Node, Tensor], rows: slice, products: Mapping[fx.Node, Product]) -> Tensor:
         """The logarithms of the probabilities of some tokens: float32 [rows, vocabulary]."""
         cut = {node: values[node][:, rows] for node in self._chain.head_inputs}
-        return self._chain.head.run(cut, rows.stop - rows.start, products)[0][0].log_softmax(-1)
+        return self._chain.head.run(cut, rows.stop - rows.start, self._packed | dict(products))[0][0].log_softmax(-1)
 
     def _cost(
         self,
@@ -255,11 +277,10 @@ class _Trials:
         return rounded if order is None else rounded[:, order.argsort()]
 
 
-def _footprint(parts: Sections, texts: Sequence[Tensor], workers: int) -> Footprint:
+def _footprint(parts: Sections, chosen: Sequence[fx.Node], texts: Sequence[Tensor], workers: int) -> Footprint:
     """All float matrices, what goes from block to block and the logits of each text, and what a worker has in hand."""
-    shapes = [matrix_shape(site) for span in parts.blocks for site in span.sites]
-    weights = sum(4 * n * k for n, k in shapes)
-    largest = max((4 * n * k for n, k in shapes), default=0)
+    weights = sum(_nbytes(node) for span in (*parts.blocks, parts.head) for node in span.nodes)
+    largest = max(map(_nbytes, chosen))
     widest = max(text.shape[1] for text in texts)
     kept = 0
     for text in texts:
@@ -268,5 +289,16 @@ def _footprint(parts: Sections, texts: Sequence[Tensor], workers: int) -> Footpr
     block = max(sum(value_nbytes(node, widest) for node in span.nodes) for span in parts.blocks)
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
     logits = 3 * value_nbytes(parts.head.outputs[0], min(widest, cuts(widest)[0].stop))
-    peak = weights + kept + workers * (6 * largest + block + flowing + logits)
-    return Footprint(peak, 0, str(parts.blocks[0].sites[0].meta[SITE]), 0, kept)
+    peak = weights + kept + workers * (3 * largest + block + flowing + logits)
+    return Footprint(peak, 0, str(chosen[0].meta[SITE]), 0, kept)
+
+
+def _nbytes(node: fx.Node) -> int:
+    """Of the float matrix that a call multiplies with; 0 where it is no product with a stored one."""
+    if is_packed(node):
+        packed = PackedLinear.of(node)
+        return 4 * packed.rows * packed.columns
+    if is_call(node, aten.linear.default) and is_weight(node.args[1]):
+        n, k = matrix_shape(node)
+        return 4 * n * k
+    return 0

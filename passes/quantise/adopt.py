@@ -109,7 +109,8 @@ class Adopt(Pass):
         """
         work = program.clone()
         chosen = self._chosen(work)
-        ternary = [node for node in self._eligible(work) if may_be_ternary(work, node)]
+        coded = {node for node, _ in chosen}
+        ternary = [node for node in self._eligible(work) if node not in coded and may_be_ternary(work, node)]
         adopted = [note for node in ternary for note in adopt_ternary(work, node)]
         if not chosen and not adopted:
             return PassResult(program, False)

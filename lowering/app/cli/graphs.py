@@ -37,7 +37,7 @@ def opt(
 ) -> None:
     """Run passes on a model, or on a program that --print-ir wrote, and look at the result; nothing is built."""
     from hikui.lowering.app.lower import read_calibration
-    from hikui.lowering.app.notices import calibration_notices, standing_in
+    from hikui.lowering.app.notices import tell_of_text
     from hikui.lowering.app.program_file import save_weights as write_weights
     from hikui.lowering.app.request import Request, available_passes
     from hikui.lowering.errors import UsageError
@@ -63,10 +63,7 @@ def opt(
         data = None
         if calibration is not None or any(step.calibrates for step in steps):
             data = read_calibration(program, calibration, CalibrationSettings())
-            if calibration is None:
-                announce(standing_in(data))
-            for notice in calibration_notices(data, CalibrationSettings(), program.config.context_length):
-                warn(notice)
+            tell_of_text(data, calibration, CalibrationSettings(), program, announce, warn)
         dumps = [] if debug_dump is None else [DebugDump(debug_dump, program)]
         checks = [InputUnchanged()] if debug.get() else []
         runner = Pipeline(steps, [_PrintAfter(wanted), *dumps, *checks])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from hikui.lowering.app.lower import read_calibration
+from hikui.lowering.app.notices import tell_of_text
 from hikui.lowering.app.request import Execution, Request, available_passes
 from hikui.lowering.engine.resume import Resume, run_key
 from hikui.lowering.errors import HikuiError, UsageError
@@ -125,6 +126,10 @@ def measure(
     names = list(dict.fromkeys(str(Format.parse(name)) for name in formats))
     if len(names) < 2:
         raise UsageError("There is nothing to choose from; give two formats or more, such as int2-g64,int4-g64.")
+    if by == "weight" and any(Format.parse(name).is_mixed for name in names):
+        raise UsageError(
+            "The columns of a mixed format are chosen by what activations do, so not by weight; take trial."
+        )
     available = available_passes()
     listed = "|".join(names)
     how = (
@@ -134,10 +139,13 @@ def measure(
     execution.progress("trace", 0, 1)
     traced = request.traced()
     execution.progress("trace", 1, 1)
+    for sentence in traced.cautions:
+        execution.warn(sentence)
     data = None
     if by != "weight":
         path = None if request.calibration is None else Path(request.calibration)
         data = read_calibration(traced, path, settings)
+        tell_of_text(data, path, settings, traced, execution.announce, execution.warn)
     resume = Resume()
     if kept is not None:
         resume = Resume(kept / run_key(traced, how, data.chunks if data else (), map(type, steps)))
@@ -176,6 +184,8 @@ def _sites(program: Program, names: Sequence[str]) -> list[SiteCosts]:
 
     out = []
     for node in float_sites(program):
+        if SENSITIVITY not in node.meta:
+            continue  # Ahead of the first block, where `trial` does not begin.
         n, k = matrix_shape(node)
         costs = {name: float(node.meta[SENSITIVITY][name]) for name in names}
         sizes = {name: Format.parse(name).nbytes(n, k) + Format.parse(name).permutation_nbytes(k) for name in names}

@@ -81,7 +81,7 @@ class Distil(Distiller):
         for site, scale in learned.sites.items():
             held = PackedLinear.of(nodes[site.name]).scale
             assert held is not None, "integer formats have scales"
-            put_in_place(work, held, pack_scale(scale), "distilled")
+            put_in_place(work, held, pack_scale(scale), "distilled", nodes[site.name])
         for vector, value in learned.vectors.items():
             put_in_place(work, nodes[vector.name], value, "distilled")
 

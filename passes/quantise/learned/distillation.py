@@ -32,6 +32,8 @@ _EPOCHS = 1 << 20
 _WARM = 8
 """Steps at most in which the step size rises to its full height."""
 
+_WAY_OUT = "use a smaller batch, fewer or shorter windows, or leave sites out with skip"
+
 _BETAS = (0.9, 0.95)
 
 
@@ -298,13 +300,13 @@ def _height(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / min(_WARM, steps)) * (1 + cos(pi * step / steps)) / 2
 
 
-def expect(parts: Sections, context: PassContext, workers: Workers, name: str, nbytes: int, block: int) -> bool:
+def expect(parts: Sections, context: PassContext, hands: int, name: str, nbytes: int, block: int) -> bool:
     """Says what a distillation needs at once, and refuses what cannot fit.
 
     Args:
         parts: of the program.
         context: has the texts.
-        workers: threads.
+        hands: how many texts are in hand at once.
         name: of the pass.
         nbytes: of what is learned, and of what is made of it.
         block: bytes that a worker needs of the sites of a block.
@@ -323,13 +325,13 @@ def expect(parts: Sections, context: PassContext, workers: Workers, name: str, n
     widest = max(text.shape[1] for text in texts)
     values = max(sum(value_nbytes(node, widest) for node in span.nodes) for span in parts.blocks)
     flowing = len(parts.blocks) * sum(value_nbytes(node, widest) for node in parts.blocks[-1].outputs)
-    peak = nbytes + workers.count * (2 * values + block + flowing) + kept
-    graphs = workers.count * (len(parts.blocks) - 1) * (2 * values + block)
+    peak = nbytes + hands * (2 * values + block + flowing) + kept
+    graphs = hands * (len(parts.blocks) - 1) * (2 * values + block)
     room = room_for(context)
     keeps = room is not None and peak + graphs <= room // 2
     peak += graphs if keeps else 0
     site = parts.blocks[0].sites[0] if parts.blocks[0].sites else parts.blocks[0].nodes[0]
     footprint = Footprint(peak, 0, str(site.meta.get(SITE, site.name)), 0, kept)
     context.announce(f"{name} needs {footprint}")
-    refuse_what_cannot_fit(footprint, context)
+    refuse_what_cannot_fit(footprint, context, _WAY_OUT)
     return keeps

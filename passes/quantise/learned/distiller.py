@@ -12,12 +12,15 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.gradients.block_training import require_gradients
+from hikui.passes.gradients.block_training import is_vector, require_gradients
 from hikui.passes.gradients.chain import Learned, Sections, sections, without_head
 from hikui.passes.graph import drop_weights, selected
 from hikui.passes.quantise.learned.distillation import Course, Distillation, Student, expect
 
 _LINEAR = torch.ops.hikui.linear.default
+
+LEARNED = (".distilled", ".trained")
+"""The ends of the names that what is learned is stored under."""
 
 _LARGEST = float(torch.finfo(torch.float16).max)
 
@@ -93,6 +96,13 @@ class Distiller(Pass):
                 )
         parts = sections(program, chosen)
         require_gradients((*parts.blocks, parts.head), self.name)
+        for node in program.weight_nodes():
+            key = program.weight_of(node)
+            if is_vector(node) and node.users and key.endswith(LEARNED):
+                raise HikuiError(
+                    f"'{key}' has been learned by an earlier pass, so the float model is gone; run one of distil and "
+                    "qat, once."
+                )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Learns on all blocks at once.
@@ -118,7 +128,8 @@ class Distiller(Pass):
             context.warn(f"{reason}, so it has left {self.learns} as they were.")
             return PassResult(program, False)
         with Workers(context.workers) as workers:
-            keeps = expect(parts, context, workers, self.name, *self.nbytes(parts, workers.count))
+            hands = min(workers.count, self.batch)
+            keeps = expect(parts, context, hands, self.name, *self.nbytes(parts, workers.count))
             student = self.student(program, parts, {text.shape[1] for text in context.to_learn_from.chunks})
             student.whole.keep(keeps)
             best, note = Distillation(self.course(), student, program, parts, context, workers).run()
@@ -135,13 +146,17 @@ def as_stored(scale: Tensor) -> Tensor:
     return scale.clamp(-_LARGEST, _LARGEST).to(torch.float16).float()
 
 
-def put_in_place(work: Program, weight: fx.Node, tensor: Tensor, how: str) -> None:
-    """Stores a tensor in the place of a stored one.
+def put_in_place(work: Program, weight: fx.Node, tensor: Tensor, how: str, reader: fx.Node | None = None) -> None:
+    """Stores a tensor in the place of a stored one, for all that read it or for one reader.
 
     It has a name of its own, because a later pass may look for what the old one stands for.
     """
     key = work.store.free_name(f"{work.weight_of(weight)}.{how}")
-    weight.replace_all_uses_with(work.add_weight(key, tensor))
+    new = work.add_weight(key, tensor)
+    if reader is None:
+        weight.replace_all_uses_with(new)
+    else:
+        reader.replace_input_with(weight, new)
     drop_weights(work, [weight])
 
 

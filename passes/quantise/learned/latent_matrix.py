@@ -57,8 +57,9 @@ class LatentMatrix:
             nearest_inside = torch.minimum(torch.maximum(wanted, cells[..., 0]), cells[..., 1])
             moved = torch.lerp(centre, nearest_inside, _BEYOND)
             low, high = _limits(kind)
-            # Beyond the last codes there is no border.
+            # Beyond the last codes there is no border; and on a border, where signs have their zeros, is not inside.
             own = (nearest_inside == wanted) | (nearest_inside == low) | (nearest_inside == high)
+            own &= nearest(nearest_inside * _unit(kind), kind) == codes[:, at]
             self.latent[:, at] = torch.where(own, nearest_inside, moved)
 
     def _grouped(self, whole: Tensor) -> Tensor:

@@ -40,10 +40,10 @@ _BYTES = 24
 class Qat(Distiller):
     """Learns codes, scales and norms of a quantised model, end to end, by its divergence from the float one.
 
-    Each code is the nearest to a latent weight, which begins where the float weight is, or at the border of its code's
-    cell where the quantiser chose another one. Adam moves the latents by the gradients of the rounded weights, and
-    scales and norms by their own. What comes out is taken if it is nearer to the float model, on held-out text, than
-    what came in.
+    Each code is the nearest to a latent weight, which begins where the float weight is, or half-way to the border of
+    the code's cell where the float weight is beyond. Adam moves the latents by the gradients of the rounded weights,
+    and scales and norms by their own. What comes out is taken if it is nearer to the float model, on held-out text,
+    than what came in.
 
     Attributes:
         epochs: how often all texts are gone through.
@@ -80,8 +80,8 @@ class Qat(Distiller):
         """Latents, their moments and gradients; the gradients of the texts in hand; the head."""
         sites = [PackedLinear.of(site) for span in parts.blocks for site in span.sites]
         weights = sum(packed.rows * packed.columns for packed in sites)
-        # Workers are ahead of what is added up by as many texts as there are of them.
-        return weights * (_BYTES + 4 * (2 * workers + 1)) + head_nbytes(parts), 0
+        # Each text in hand has the gradients of all matrices, and so has their sum.
+        return weights * (_BYTES + 4 * (min(workers, self.batch) + 1)) + head_nbytes(parts), 0
 
     def store(self, work: Program, student: Student, learned: Learned) -> None:
         """Codes, scales and vectors."""
@@ -90,8 +90,8 @@ class Qat(Distiller):
         for site, packed in student.packed():
             held = PackedLinear.of(nodes[site.name])
             assert held.scale is not None and packed.scale is not None, "integer formats have scales"
-            put_in_place(work, held.weight, packed.weight, "trained")
-            put_in_place(work, held.scale, packed.scale, "trained")
+            put_in_place(work, held.weight, packed.weight, "trained", held.node)
+            put_in_place(work, held.scale, packed.scale, "trained", held.node)
         for vector, value in learned.vectors.items():
             put_in_place(work, nodes[vector.name], value, "trained")
 

@@ -16,7 +16,7 @@ import yaml
 
 import hikui
 from hikui.lowering.app.assemble import Prepared, require_room
-from hikui.lowering.app.lower import build, lower, make_artefact, make_backend, prepare, resume_folder
+from hikui.lowering.app.lower import build, lower, make_artefact, make_backend, prepare, resume_folder, tokenizer_nbytes
 from hikui.lowering.app.request import Execution, Request, load_recipe
 from hikui.lowering.app.runners import open_runner
 from hikui.lowering.artefact import verify as verify_artefact
@@ -285,7 +285,9 @@ def test_passes_that_learn_read_more_windows_than_passes_that_measure(tiny: Path
 
 
 @pytest.mark.parametrize("backend", ["tvm", "onnxruntime"])
-def test_an_artefact_of_the_size_asked_for(tiny: Path, stories: Path, tmp_path: Path, backend: str) -> None:
+def test_an_artefact_of_the_size_asked_for(
+    tiny: Path, stories: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within what is reckoned for the program, and never a byte more."""
     told: list[str] = []
     chosen = load_recipe("mixed-5.5bit").model_copy(update={"calibration": CalibrationSettings(samples=2, tokens=24)})
@@ -298,9 +300,22 @@ def test_an_artefact_of_the_size_asked_for(tiny: Path, stories: Path, tmp_path: 
         request, tmp_path / "out", backend=backend, execution=Execution(warn=told.append, resume=False)
     )
     assert artefact.manifest.sizes.total_bytes <= request.target_size * 1e6  # type: ignore[operator]
+    room = 0.12e6 - tokenizer_nbytes(trace(tiny))
+    assert room - 2000 < artefact.manifest.sizes.weight_bytes <= room
     assert not any("more than the" in sentence for sentence in told)
     assert "target_size=" in artefact.manifest.provenance.pipeline
+    kind = type(make_backend(backend))
+    monkeypatch.setattr(kind, "nbytes_beside_weights", lambda *_: 0)
+    make_artefact(
+        replace(smallest, target_size=0.13), tmp_path / "large", backend=backend, execution=Execution(warn=told.append)
+    )
+    assert any("more than the 0.13 MB asked for: what is beside the chosen formats" in sentence for sentence in told)
     with pytest.raises(UsageError, match="A budget is either of bits per weight or of a size"):
         Request(tiny, chosen, target_bpw=5.0, target_size=60.0)
     with pytest.raises(UsageError, match="Recipe int4 has no pass assign, so a size has no effect on it"):
         Request(tiny, "int4", target_size=60.0).loaded_recipe()
+    # Bits of the command line count, and not the size that the recipe has.
+    (assign,) = (
+        step for step in Request(tiny, "size-60mb", target_bpw=2.5).loaded_recipe().passes if step.name == "assign"
+    )
+    assert (assign.options["target_bpw"], assign.options["target_size"]) == (2.5, 0.0)

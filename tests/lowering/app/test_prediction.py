@@ -1,6 +1,7 @@
 """hikui lower --dry-run: what it predicts against the artefact, and that lowering goes on from it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from hikui.lowering.app.lower import make_artefact, resume_folder
 from hikui.lowering.app.prediction import predict
 from hikui.lowering.app.request import Execution, Request, load_recipe
-from hikui.lowering.errors import UsageError
+from hikui.lowering.artefact.manifest import MANIFEST
+from hikui.lowering.artefact.staging import StagedFolder
+from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from tests.lowering.conftest import Command
 
@@ -32,6 +35,8 @@ def test_it_is_what_becomes(tiny: Path, stories: Path, tmp_path: Path, backend: 
     artefact = make_artefact(
         asked, output, backend=backend, execution=Execution(progress=lambda name, done, total: seen.append(name))
     )
+    # What was measured before is not measured again.
+    assert "sensitivity" not in seen and "rtn" in seen
     sizes = artefact.manifest.sizes
     assert predicted.block_bpw == pytest.approx(sizes.block_bpw, rel=1e-5)
     assert predicted.weight_bytes == sizes.weight_bytes
@@ -42,6 +47,36 @@ def test_it_is_what_becomes(tiny: Path, stories: Path, tmp_path: Path, backend: 
         found[site.format] = found.get(site.format, 0) + 1
     assert predicted.formats == found
     assert predicted.cost > 0
+
+
+def test_other_budgets_go_on_from_what_one_has_measured(tiny: Path, stories: Path, tmp_path: Path) -> None:
+    output, seen = tmp_path / "out", list[str]()
+    asked = request(tiny, stories)
+    first = predict(asked, output)
+    listen = Execution(progress=lambda name, done, total: seen.append(name))
+    second = predict(replace(asked, target_bpw=6.4), output, execution=listen)
+    assert second.block_bpw < first.block_bpw
+    assert "sensitivity" not in seen
+    with StagedFolder(output, MANIFEST), pytest.raises(HikuiError, match="Another run is making"):
+        predict(asked, output)
+
+
+@pytest.mark.parametrize("quantiser", ["rtn: {bits: 8, group: 32}", "gptq: {bits: 4, group: 32}"])
+def test_sites_without_a_format_have_that_of_the_next_quantiser(
+    tiny: Path, stories: Path, tmp_path: Path, quantiser: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    formats = "formats: int2-g32|int4-g32"
+    steps = ["canonicalise", "calibrate: {gram: true}", f"sensitivity: {{{formats}}}"]
+    steps += [f"assign: {{{formats}, target_bpw: 5, over: blocks}}", quantiser, "pack: {format: float32}"]
+    steps += ["embedding", "activation", "fuse", "dead_code"]
+    lines = "".join(f"  - {step}\n" for step in steps)
+    recipe.write_text(f"schema: 1\nname: blocks\ncalibration: {{samples: 2, tokens: 24}}\npasses:\n{lines}")
+    asked = Request(tiny, str(recipe), calibration=stories)
+    predicted = predict(asked, tmp_path / "out")
+    sizes = make_artefact(asked, tmp_path / "out").manifest.sizes
+    assert predicted.block_bpw == pytest.approx(sizes.block_bpw, rel=1e-5)
+    assert predicted.weight_bytes == sizes.weight_bytes
 
 
 def test_a_recipe_without_a_budget_has_nothing_to_predict(tiny: Path, stories: Path, tmp_path: Path) -> None:

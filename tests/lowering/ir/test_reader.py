@@ -33,8 +33,8 @@ PIPELINES = {
     "rotate,calibrate,hqq{format=ternary-g32},activation{static=true},kv_cache{keys=channel,values=channel},fuse": (
         "qwen2",
     ),
-    "learned_clip{epochs=1},qat,distil,embedding,activation{bits=4},dead_code": ("opt",),
-    "trial{texts=1},mxfp4,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
+    "learned_clip{epochs=1},qat,embedding,activation{bits=4},dead_code": ("opt",),
+    "trial{texts=1},mxfp4,distil,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
 }  # fmt: skip
 """What the passes leave, and the families in which it is tried."""
 

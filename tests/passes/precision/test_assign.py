@@ -273,12 +273,16 @@ def test_missing_sensitivity_is_named() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("over", ["all", "blocks"])
+@pytest.mark.parametrize("over", ["all", "blocks", "packed head"])
 @pytest.mark.parametrize("room", [1.02, 1.2])
 def test_a_budget_for_everything_stored(family: str, over: str, room: float) -> None:
     """In bytes of the weights as they are lowered: heads tied or not, tables, positions and norms too."""
     program, formats = canonical(family), "formats=sign-g32|int4-g32|int8-channel"
-    head = ",override{sites=lm_head,format=int8-channel}" if over == "blocks" else ""
+    head = {
+        "blocks": ",override{sites=lm_head,format=int8-channel}",
+        "packed head": ",rtn{sites=lm_head,format=int8-channel}",
+    }.get(over, "")
+    over = over.replace("packed head", "blocks")
     measured = lower(program, f"calibrate,sensitivity{{{formats}}}{head}", calibration(program))
     rest = "rtn,pack{format=float32},embedding,activation,fuse,dead_code"
     smallest = sizes.measure(lower(measured, f"assign{{mode=uniform,format=sign-g32,over={over}}},{rest}")).total_bytes

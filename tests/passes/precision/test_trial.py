@@ -81,7 +81,7 @@ def test_sites_that_are_left_out_keep_what_they_had() -> None:
     before = lower(program, "sensitivity{formats=int3-g32}")
     after = Trial(formats="int4-g64", texts=1, skip="mlp").run(before, PassContext(data)).program
     for node in float_sites(after):
-        assert set(node.meta[SENSITIVITY]) == ({"int3-g32"} if "mlp" in node.meta[SITE] else {"int3-g32", "int4-g64"})
+        assert set(node.meta[SENSITIVITY]) == ({"int3-g32"} if "mlp" in node.meta[SITE] else {"int4-g64"})
 
 
 def test_a_better_choice_than_the_output_error_for_the_same_bits() -> None:
@@ -129,6 +129,29 @@ def test_workers_do_not_matter_and_a_killed_run_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "stage-0.safetensors").exists() and not (tmp_path / "stage-2.safetensors").exists()
     again = step.run(program, PassContext(data, resume=Resume(tmp_path))).program
     assert to_text(again) == to_text(one)
+
+
+@pytest.mark.parametrize("skip", [r"layers\.0\.", r"layers\.0\.|lm_head"])
+def test_a_head_that_is_packed_and_a_first_block_that_is_left_out(skip: str) -> None:
+    exact, data = measured("llama")
+    program = lower(exact, "rtn{sites=lm_head,bits=8}")
+    after = Trial(formats="int4-g64", texts=2, skip=skip).run(program, PassContext(data)).program
+    node = next(node for node in float_sites(after) if SENSITIVITY in node.meta)
+    wanted = by_hand(program, data, 2, node.meta[SITE], "int4-g64")
+    assert node.meta[SENSITIVITY]["int4-g64"] == pytest.approx(wanted, rel=2e-3)
+    assert all("layers.0." not in node.meta[SITE] for node in float_sites(after) if SENSITIVITY in node.meta)
+
+
+def test_a_site_ahead_of_the_blocks_is_left_out_and_that_is_said() -> None:
+    text = CROSSED.replace(
+        "  %g = aten.neg(%x) : f32[1, T, 32]\n",
+        "  %g = aten.linear(%x, %p) : f32[1, T, 32]  // site=first group=first\n",
+    ).replace("  %tokens = input", '  %p = weight "first.weight" : f32[32, 32]\n  %tokens = input')
+    program, said = from_text(text, source="ahead", seed=0), list[str]()
+    data = calibration(program, 2, 24)
+    after = Trial(formats="int4-g64").run(program, PassContext(data, warn=said.append)).program
+    assert {node.meta[SITE] for node in float_sites(after) if SENSITIVITY not in node.meta} == {"first"}
+    assert said == ["trial starts at the first block, so it has left out first; give them a format by `override`."]
 
 
 def test_refusals() -> None:

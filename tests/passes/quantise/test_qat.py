@@ -14,17 +14,34 @@ from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.printer import to_text
 from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.reader import from_text
 from hikui.lowering.pipeline.contract import Calibration, PassContext
 from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.models.synthetic import FAMILIES
 from hikui.passes import PASSES, Qat
+from hikui.passes.graph import float_sites, weight_of
 from hikui.passes.quantise.learned import qat
+from hikui.passes.quantise.learned.end_to_end import EndToEnd
 from hikui.passes.quantise.learned.latent_matrix import LatentMatrix
 from tests.passes.helpers import calibration, canonical, lower, random
 
 FORMATS = ["sign-g32", "int2-g32", "ternary-g64", "int3-g64", "int4-g64", "nf4-g32", "fp4-g32", "int8-channel", "mixed"]
 ROUND = "rtn{bits=2,group=32}"
+SHARED = """program small context=48 vocabulary=24 T=1..48
+  %e = weight "embed.weight" : f32[24, 32]
+  %u = weight "a.weight" : f32[32, 32]
+  %w = weight "head.weight" : f32[24, 32]
+  %tokens = input : i64[1, T]
+  %past = input : i64[1]
+  %x = aten.embedding(%e, %tokens) : f32[1, T, 32]
+  %a = aten.linear(%x, %u) : f32[1, T, 32]  // site=a group=a block=0
+  %s = aten.silu(%a) : f32[1, T, 32]  // block=0
+  %b = aten.linear(%s, %u) : f32[1, T, 32]  // site=b group=b block=1
+  %c = aten.add.Tensor(%b, %x) : f32[1, T, 32]  // block=1
+  %l = aten.linear(%c, %w) : f32[1, T, 24]  // site=head group=head
+  return %l
+"""
 QUICK = "qat{epochs=4,lr=0.02,scale_lr=0.005,batch=4}"
 
 
@@ -253,6 +270,40 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert torch.equal(whole_run.store.load(key), again.store.load(key)), key
 
 
+def test_what_is_kept_for_the_way_back_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, found = rounded(), []
+    for graphs in (True, False):
+        monkeypatch.setattr(EndToEnd, "keep", lambda self, _, kept=graphs: setattr(self._chain, "keeps", kept))
+        found.append(trained(before, "qat{lr=0.02,batch=4}"))
+    for key in found[0].store.keys():
+        assert torch.equal(found[0].store.load(key), found[1].store.load(key)), key
+
+
+def test_a_matrix_that_two_sites_read_is_learned_apart() -> None:
+    exact = from_text(SHARED, source="shared", seed=0)
+    program = lower(exact, "rtn{bits=2,group=32}")
+    data = calibration(program, 33, 24)
+    result = Qat(epochs=4, lr=0.02).run(program, PassContext(data))
+    note = re.fullmatch(r"KL .* texts: (\S+) nats a token, .* before", result.notes[0])
+    assert note is not None, result.notes
+    # What is said is what was stored, and neither matrix is the other's.
+    assert divergence(exact, result.program, data.chunks[::8]) == pytest.approx(float(note[1]), rel=5e-3)
+    one, two = (PackedLinear.of(node).dense(result.program.store) for node in Qat().chosen(result.program))
+    assert not torch.equal(one, two)
+
+
+def test_zeros_of_a_matrix_of_signs_begin_where_the_site_has_them() -> None:
+    exact = canonical("llama").clone()
+    key = exact.weight_of(weight_of(float_sites(exact)[0]))
+    weight = exact.store.load(key).clone()
+    weight[::2, ::3] = 0
+    exact.store.put(key, weight)
+    program = lower(exact, "rtn{format=sign-g32}")
+    packed = PackedLinear.of(Qat().chosen(program)[0])
+    held = LatentMatrix(program, packed, 0)
+    assert torch.equal(held.matrix(held.latent, held.scale), packed.dense(program.store))
+
+
 def test_what_later_passes_make_of_it() -> None:
     before = rounded()
     after = trained(before, f"{QUICK},pack{{format=float32}},activation{{bits=8}},fuse,dead_code")
@@ -283,3 +334,5 @@ def test_refusals() -> None:
         Qat().run(before, PassContext(texts(before), memory=1000))
     with pytest.raises(HikuiError, match="run qat on a float checkpoint"):
         Qat().requires(lower(before, "dead_code"))
+    with pytest.raises(HikuiError, match="has been learned by an earlier pass, so the float model is gone"):
+        Qat().requires(trained(before))
