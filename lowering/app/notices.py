@@ -123,17 +123,25 @@ def text_notices(excerpts: Sequence[Excerpt]) -> list[str]:
     ]
 
 
-def calibration_notices(data: Calibration, settings: CalibrationSettings, context: int) -> list[str]:
-    """A sentence where a text gave fewer windows, or shorter ones, than the recipe asks for."""
+def calibration_notices(
+    data: Calibration, settings: CalibrationSettings, context: int, *, own: bool = False
+) -> list[str]:
+    """A sentence where a text gave fewer windows, or shorter ones, than the recipe asks for.
+
+    Args:
+        data: what was read.
+        settings: what was asked for.
+        context: of the model.
+        own: whether it is the text that comes with hikui, which is enough to measure on.
+    """
     length = min(settings.tokens, context)
-    for count, harm in (
-        (settings.samples, "what is measured on so little may do harm, so give a longer text."),
-        (settings.training, "what learns from so little learns less, so give a longer text."),
-    ):
+    measuring = (settings.samples, "what is measured on so little may do harm, so give a longer text.")
+    learning = (settings.training, "what learns from so little learns less, so give a longer text.")
+    for count, harm in (learning,) if own else (measuring, learning):
         chunks = data.chunks[:count]
         tokens, wanted = sum(chunk.shape[1] for chunk in chunks), count * length
         # Text to learn from may end in some shorter windows.
-        if tokens < (wanted if count == settings.samples else wanted * _ENOUGH):
+        if tokens < (wanted * _ENOUGH if harm is learning[1] else wanted):
             return [
                 f"The calibration text {data.source} is too short: it gives {len(chunks)} window(s) with {tokens} "
                 f"tokens in all, and the recipe asks for {count} of {length}, {wanted} tokens; {harm}"
@@ -161,7 +169,7 @@ def tell_of_text(
     """
     if path is None:
         (announce if program.tokenizer is not None else warn)(standing_in(data))
-    for notice in calibration_notices(data, settings, program.config.context_length):
+    for notice in calibration_notices(data, settings, program.config.context_length, own=path is None):
         warn(notice)
 
 

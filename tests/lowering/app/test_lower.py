@@ -301,7 +301,7 @@ def test_an_artefact_of_the_size_asked_for(
     )
     assert artefact.manifest.sizes.total_bytes <= request.target_size * 1e6  # type: ignore[operator]
     room = 0.12e6 - tokenizer_nbytes(trace(tiny))
-    assert room - 2000 < artefact.manifest.sizes.weight_bytes <= room
+    assert room - 4000 < artefact.manifest.sizes.weight_bytes <= room
     assert not any("more than the" in sentence for sentence in told)
     assert "target_size=" in artefact.manifest.provenance.pipeline
     kind = type(make_backend(backend))

@@ -108,6 +108,10 @@ def test_the_text_that_comes_with_hikui_is_not_called_too_short(tiny: Path, tmp_
     head = "schema: 1\nname: greedy\ncalibration: {samples: 100000, tokens: 64}\npasses: [canonicalise, "
     recipe.write_text(head + "calibrate, dead_code]\n")
     assert not any("too short" in sentence for sentence in said(Request(tiny, recipe)))
+    recipe.write_text(head.replace("tokens", "training: 200000, tokens") + "calibrate, dead_code]\n")
+    (sentence,) = (sentence for sentence in said(Request(tiny, recipe)) if "too short" in sentence)
+    assert "the recipe asks for 200000 of 64" in sentence and "what learns from so little learns less" in sentence
+    recipe.write_text(head + "calibrate, dead_code]\n")
     text = tmp_path / "hi.txt"
     text.write_text("Hi")
     assert any("too short" in sentence for sentence in said(Request(tiny, recipe, calibration=text)))

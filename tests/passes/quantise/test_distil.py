@@ -365,7 +365,7 @@ def test_refusals() -> None:
         HikuiError, match="It learns from text and none was given; give some with --calibration TEXT_FILE"
     ):
         Distil().run(before, PassContext())
-    with pytest.raises(HikuiError, match=r"of memory are there; use fewer or shorter"):
+    with pytest.raises(HikuiError, match=r"of memory are there; use a smaller batch, fewer or shorter"):
         Distil().run(before, PassContext(texts(before), memory=1000))
     with pytest.raises(HikuiError, match="there is no float model to learn from"):
         Distil().requires(lower(before, "dead_code"))

@@ -287,7 +287,7 @@ def test_a_matrix_that_two_sites_read_is_learned_apart() -> None:
     note = re.fullmatch(r"KL .* texts: (\S+) nats a token, .* before", result.notes[0])
     assert note is not None, result.notes
     # What is said is what was stored, and neither matrix is the other's.
-    assert divergence(exact, result.program, data.chunks[::8]) == pytest.approx(float(note[1]), rel=5e-3)
+    assert divergence(exact, result.program, data.chunks[::8]) == pytest.approx(float(note[1]), rel=5e-3, abs=1e-4)
     one, two = (PackedLinear.of(node).dense(result.program.store) for node in Qat().chosen(result.program))
     assert not torch.equal(one, two)
 
@@ -330,7 +330,7 @@ def test_refusals() -> None:
     before = rounded()
     with pytest.raises(HikuiError, match="It learns from text and none was given"):
         Qat().run(before, PassContext())
-    with pytest.raises(HikuiError, match=r"of memory are there; use fewer or shorter"):
+    with pytest.raises(HikuiError, match=r"of memory are there; use a smaller batch, fewer or shorter"):
         Qat().run(before, PassContext(texts(before), memory=1000))
     with pytest.raises(HikuiError, match="run qat on a float checkpoint"):
         Qat().requires(lower(before, "dead_code"))
