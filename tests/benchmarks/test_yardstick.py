@@ -133,3 +133,11 @@ def test_what_was_measured_before_is_not_measured_again(tmp_path: Path, monkeypa
     assert len(calls) == 2
     yardstick.measure("model", "int4", tmp_path, [])
     assert "--calibration" not in calls[2]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("int4", "int4"), ("edge-1.6bit", "edge-1.6bit"), ("variants/edge-1.6bit.yaml", "edge-1.6bit"), ("a.b", "a.b")],
+)
+def test_a_recipe_is_called_by_its_whole_name(recipe: str, name: str) -> None:
+    assert yardstick.label(recipe) == name
