@@ -94,7 +94,7 @@ class _Scales(Student):
         self._products = {site: ScaledProduct(program, held, options.activation_bits) for site, held in packed.items()}
         whole = EndToEnd(program, parts, lengths, {site: held.at for site, held in self._products.items()})
         super().__init__(program, whole, vectors=options.vectors)
-        self.learn([torch.ones_like(held.scale) for held in self._products.values()], options.lr)
+        self.learn([torch.ones(held.scale.shape) for held in self._products.values()], options.lr)
         self.learn_vectors(options.lr)
 
     def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:

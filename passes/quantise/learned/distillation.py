@@ -86,13 +86,14 @@ class Student(ABC):
         self.rates: list[float] = []
 
     def learn(self, values: Sequence[Tensor], rate: float) -> None:
-        """Adds to what is learned."""
+        """Adds to what is learned; contiguous, as a later run reads what is kept of them."""
+        assert all(value.is_contiguous() for value in values), "Adam's fused kernel reads them as they lie in memory"
         self.values += values
         self.rates += [rate] * len(values)
 
     def learn_vectors(self, rate: float) -> None:
         """Adds the factors of vectors, which come last."""
-        self.learn([torch.ones_like(self._stored[vector]) for vector in self.vectors], rate)
+        self.learn([torch.ones(self._stored[vector].shape) for vector in self.vectors], rate)
 
     def learned(self, values: Sequence[Tensor], workers: Workers) -> Learned:
         """What sites and vectors are for some values."""
@@ -174,7 +175,7 @@ class Distillation:
         values = student.values
         begin = [value.clone() for value in values] if course.shares else []
         optimisers = [
-            Adam([value], lr=rate, betas=_BETAS, eps=course.epsilon, foreach=False)
+            Adam([value], lr=rate, betas=_BETAS, eps=course.epsilon, fused=True)
             for value, rate in zip(values, student.rates, strict=True)
         ]
         steps = course.epochs * -(-len(self._learning) // course.batch)
@@ -281,7 +282,7 @@ class Distillation:
 
         def move(number: int) -> None:
             optimiser, value = optimisers[number], student.values[number]
-            value.grad = gradients[number].div_(tokens)
+            value.grad = gradients[number].div_(tokens).contiguous()
             for group in optimiser.param_groups:
                 group["lr"] = student.rates[number] * height
             optimiser.step()

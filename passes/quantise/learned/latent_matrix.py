@@ -50,7 +50,7 @@ class LatentMatrix:
         codes = F.pad(unpack_codes(fmt, store.load(program.weight_of(packed.weight)), n, k), (0, self._width - k))
         self.latent = self._grouped(F.pad(packed.unrounded(store), (0, self._width - k)))
         self.latent.mul_(inverse(self.scale).unsqueeze(-1))
-        self.latent = self.latent.flatten(1)
+        self.latent = self.latent.flatten(1).contiguous()
         for kind, at in self._parts:
             cells, centre = _cells(kind)[codes[:, at].long() + 128], codes[:, at] / _unit(kind)
             wanted = self.latent[:, at] / _unit(kind)

@@ -105,7 +105,7 @@ class _Latents(Student):
         whole = EndToEnd(program, parts, lengths, {site: held.times for site, held in self._matrices.items()})
         super().__init__(program, whole, vectors=options.vectors)
         self.learn([held.latent for held in self._matrices.values()], options.lr)
-        self.learn([torch.ones_like(held.scale) for held in self._matrices.values()], options.scale_lr)
+        self.learn([torch.ones(held.scale.shape) for held in self._matrices.values()], options.scale_lr)
         self.learn_vectors(options.scale_lr)
 
     def _pairs(self, values: Sequence[Tensor]) -> Iterator[tuple[fx.Node, LatentMatrix, Tensor, Tensor]]:
