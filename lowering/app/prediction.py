@@ -17,6 +17,7 @@ from hikui.lowering.pipeline.contract import Pass
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.candidates import tied_nbytes
 from hikui.passes.precision.rest import rest_nbytes
+from hikui.passes.quantise.embedding import Embedding
 from hikui.passes.quantise.pack import Pack
 from hikui.passes.quantise.rounder import Rounder
 
@@ -69,10 +70,8 @@ def predict(
         packed = sizes.measure(prepared.program)
         inside = [site.parameters for site in packed.sites if site.in_block]
         nbytes = sum(site.nbytes for site in packed.sites if site.in_block and site.format != "float32")
-        for members in groups([node for node in sites if BLOCK in node.meta]).values():
-            formats = [Format.parse(node.meta[FORMAT]) for node in members]
-            nbytes += tied_nbytes(formats, [matrix_shape(node) for node in members])
-        every = _tied_nbytes(sites) + rest_nbytes(program, sites, _tables(prepared.passes))
+        nbytes += _tied_nbytes([node for node in sites if BLOCK in node.meta])
+        every = _tied_nbytes(sites) + rest_nbytes(program, sites, _tables(rest))
         counts: dict[str, int] = {}
         for node in sites:
             counts[node.meta[FORMAT]] = counts.get(node.meta[FORMAT], 0) + 1
@@ -105,6 +104,6 @@ def _format_all(program: Program, rest: list[Pass]) -> None:
         node.meta.setdefault(FORMAT, "float32")
 
 
-def _tables(passes: tuple[object, ...]) -> Format:
-    """The format that tables will have which no head shares, as the budget reckons with."""
-    return next((Format.parse(step.tables) for step in reversed(passes) if hasattr(step, "tables")), Format("int8"))
+def _tables(rest: list[Pass]) -> Format:
+    """The format that tables will have which no head shares."""
+    return next((Format.parse(step.format) for step in rest if isinstance(step, Embedding)), Format("float32"))

@@ -1,11 +1,14 @@
 """A model as a chain of blocks with a head behind them, which gradients go back through one block at a time."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from hikui.lowering.engine.streaming import Stream
+from hikui.lowering.engine.workers import Workers
 from hikui.lowering.ir.packed import is_packed
 from hikui.lowering.ir.program import BLOCK, Program
 from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, text_dependent
@@ -210,6 +213,15 @@ class _Graph(NamedTuple):
     own: dict[fx.Node, Tensor]
     learned: dict[fx.Node, Tensor]
     made: list[Tensor]
+
+
+def first_inputs(
+    chain: Chain, program: Program, parts: Sections, texts: Sequence[Tensor], workers: Workers, scratch: Path | None
+) -> list[dict[fx.Node, Tensor]]:
+    """The values of a chain's `inputs` for each text, in the program as it is."""
+    with Stream(program, texts, workers, scratch=scratch) as stream:
+        stream.advance(parts.blocks[0].nodes[0])
+        return [{node: stream.value(number, node) for node in chain.inputs} for number in range(len(texts))]
 
 
 def cuts(count: int) -> list[slice]:

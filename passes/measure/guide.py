@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.ir.packed import PackedLinear
@@ -24,7 +23,7 @@ from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Pro
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import BlockSpan, Product, multiply_by, require_gradients
-from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, sections, without_head
+from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, first_inputs, sections, without_head
 from hikui.passes.graph import aten, float_sites, groups, is_weight, matrix_shape, same_size, shape, sites, weight_of
 from hikui.passes.measure.evidence import TOKEN_WEIGHT
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
@@ -156,7 +155,7 @@ class _Backpropagation:
         footprint = _footprint(parts, self._texts, workers.count)
         context.announce(f"{options.name} needs {footprint}")
         refuse_what_cannot_fit(footprint, context, "leave `guide` out of the recipe")
-        self._first = parts.blocks[0]
+        self._parts = parts
         self._chain = Chain(program, parts, {text.shape[1] for text in self._texts})
         self._head = {site: multiply_by(_float_matrix(program, site)) for site in parts.head.sites}
         self._matrices = {
@@ -166,7 +165,8 @@ class _Backpropagation:
     def run(self) -> list[dict[str, Tensor]]:
         """For each text and each group the mean squared gradient of each token: float32 [T]."""
         resume, count = self._context.resume, len(self._texts)
-        inputs = self._inputs()
+        scratch = self._context.scratch
+        inputs = first_inputs(self._chain, self._program, self._parts, self._texts, self._workers, scratch)
         found: list[dict[str, Tensor]] = []
         for start in range(0, count, _EVERY):
             self._context.progress(self._options.name, start, count)
@@ -184,14 +184,6 @@ class _Backpropagation:
             give_back()
         self._context.progress(self._options.name, count, count)
         return found
-
-    def _inputs(self) -> list[dict[fx.Node, Tensor]]:
-        """What the first block reads of each text."""
-        with Stream(self._program, self._texts, self._workers, scratch=self._context.scratch) as stream:
-            stream.advance(self._first.nodes[0])
-            return [
-                {node: stream.value(number, node) for node in self._chain.inputs} for number in range(len(self._texts))
-            ]
 
     def _of_text(self, number: int, inputs: Mapping[fx.Node, Tensor]) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed((self._options.seed * _TEXTS + number) % _SEEDS)

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.engine.streaming import Stream
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format
@@ -21,7 +20,7 @@ from hikui.lowering.ir.program import BLOCK, SENSITIVITY, SITE, STATISTICS, Prog
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import Product, multiply_by, require_gradients
-from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, length, sections, without_head
+from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, first_inputs, length, sections, without_head
 from hikui.passes.graph import (
     aten,
     float_sites,
@@ -204,11 +203,8 @@ class _Trials:
 
     def _float_run(self) -> tuple[list[dict[fx.Node, Tensor]], list[Tensor]]:
         """What goes from block to block for each text, and the logarithms of the next tokens' probabilities."""
-        with Stream(self._program, self._texts, self._workers, scratch=self._context.scratch) as stream:
-            stream.advance(self._parts.blocks[0].nodes[0])
-            inputs = [
-                {node: stream.value(number, node) for node in self._chain.inputs} for number in range(len(self._texts))
-            ]
+        scratch = self._context.scratch
+        inputs = first_inputs(self._chain, self._program, self._parts, self._texts, self._workers, scratch)
         nothing = Learned({}, {})
 
         def one(read: dict[fx.Node, Tensor]) -> tuple[dict[fx.Node, Tensor], Tensor]:

@@ -48,8 +48,9 @@ def sensitivity(
 ) -> None:
     """Measure what each linear site costs in each format, and what a budget of bits would buy."""
     form = None if plot is None else _form(plot)
+    from hikui.lowering.app.lower import resume_folder
     from hikui.lowering.app.request import Execution, Request
-    from hikui.lowering.app.sensitivity.table import kept_folder, measure
+    from hikui.lowering.app.sensitivity.table import measure
     from hikui.lowering.engine.jobs import Jobs
 
     request = Request(
@@ -69,7 +70,7 @@ def sensitivity(
             execution=Execution(
                 memory=options.nbytes(memory), jobs=Jobs(jobs, engine), progress=step, announce=announce, warn=warn
             ),
-            kept=None if output is None else kept_folder(output),
+            kept=None if output is None else resume_folder(output),
         )
     if output is not None:
         _write(output, found.as_json().encode())

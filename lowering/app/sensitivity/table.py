@@ -1,7 +1,6 @@
 """Measures a model's sites in several formats, and works out the best choice at each number of bits."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -224,9 +223,3 @@ def front(sites: Sequence[SiteCosts], names: Sequence[str]) -> list[Choice]:
         if not out or (found.cost < out[-1].cost and found.bpw > out[-1].bpw):
             out.append(found)
     return out
-
-
-def kept_folder(output: Path) -> Path:
-    """Where a measurement that writes to a file keeps what it has finished."""
-    whole = Path(os.path.abspath(output))
-    return whole.parent / f".{whole.name}.resume"

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hikui.lowering.app.lower import resume_folder
 from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.sensitivity.picture import draw, role, roles
-from hikui.lowering.app.sensitivity.table import SiteCosts, front, kept_folder, measure
+from hikui.lowering.app.sensitivity.table import SiteCosts, front, measure
 from hikui.lowering.errors import UsageError
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from tests.lowering.conftest import Command
@@ -75,7 +76,7 @@ def test_a_killed_run_goes_on_and_says_the_same(tiny: Path, stories: Path, tmp_p
 
         return Execution(progress=progress)
 
-    request, kept = Request(tiny, None, calibration=stories), kept_folder(tmp_path / "table.json")
+    request, kept = Request(tiny, None, calibration=stories), resume_folder(tmp_path / "table.json")
     whole = measure(request, FORMATS, settings=FEW)
     with pytest.raises(KilledError):
         measure(request, FORMATS, settings=FEW, execution=until(8), kept=kept)
