@@ -41,7 +41,7 @@ class SiteCosts:
         name, group: of the site, and of the sites that read the same activation.
         block: its number, or None.
         shape: (out features, in features).
-        costs, nbytes: by format.
+        costs: by format.
     """
 
     name: str
@@ -49,7 +49,6 @@ class SiteCosts:
     block: int | None
     shape: tuple[int, int]
     costs: dict[str, float]
-    nbytes: dict[str, int]
 
     @property
     def weights(self) -> int:
@@ -187,8 +186,7 @@ def _sites(program: Program, names: Sequence[str]) -> list[SiteCosts]:
             continue  # Ahead of the first block, where `trial` does not begin.
         n, k = matrix_shape(node)
         costs = {name: float(node.meta[SENSITIVITY][name]) for name in names}
-        sizes = {name: Format.parse(name).nbytes(n, k) + Format.parse(name).permutation_nbytes(k) for name in names}
-        out.append(SiteCosts(node.meta[SITE], node.meta[GROUP], node.meta.get(BLOCK), (n, k), costs, sizes))
+        out.append(SiteCosts(node.meta[SITE], node.meta[GROUP], node.meta.get(BLOCK), (n, k), costs))
     if not out:
         raise HikuiError("The model has no linear site; `hikui explain` says what did not match.")
     return out
@@ -197,17 +195,23 @@ def _sites(program: Program, names: Sequence[str]) -> list[SiteCosts]:
 def front(sites: Sequence[SiteCosts], names: Sequence[str]) -> list[Choice]:
     """The best choices at several numbers of bits, each better than all with fewer."""
     from hikui.passes.precision.budget import Candidates, solve
+    from hikui.passes.precision.candidates import tied_nbytes
 
     inside = [site for site in sites if site.block is not None] or list(sites)
+    formats = [Format.parse(name) for name in names]
+    alike: dict[str, list[SiteCosts]] = {}
+    for site in inside:
+        # As `assign` has it: those that read one activation share the order of a mixed format's columns.
+        alike.setdefault(site.group if any(fmt.is_mixed for fmt in formats) else site.name, []).append(site)
     choices = [
         Candidates(
-            (site.name,),
+            tuple(site.name for site in tied),
             tuple(names),
-            tuple(site.nbytes[name] for name in names),
-            tuple(site.costs[name] for name in names),
-            site.weights,
+            tuple(tied_nbytes([fmt] * len(tied), [site.shape for site in tied]) for fmt in formats),
+            tuple(sum(site.costs[name] for site in tied) for name in names),
+            sum(site.weights for site in tied),
         )
-        for site in inside
+        for tied in alike.values()
     ]
     weights = sum(choice.weights for choice in choices)
     least, most = (sum(pick(choice.nbytes) for choice in choices) for pick in (min, max))
@@ -217,7 +221,7 @@ def front(sites: Sequence[SiteCosts], names: Sequence[str]) -> list[Choice]:
         picks = solve(choices, budget)
         taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
         cost = sum(choice.costs[pick] for choice, pick in zip(choices, picks, strict=True))
-        chosen = [names[pick] for pick in picks]
+        chosen = [names[pick] for choice, pick in zip(choices, picks, strict=True) for _ in choice.sites]
         counts = {name: chosen.count(name) for name in names if name in chosen}
         found = Choice(8 * taken / weights, cost, counts)
         if not out or (found.cost < out[-1].cost and found.bpw > out[-1].bpw):

@@ -12,6 +12,7 @@ from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.sensitivity.picture import draw, role, roles
 from hikui.lowering.app.sensitivity.table import SiteCosts, front, measure
 from hikui.lowering.errors import UsageError
+from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from tests.lowering.conftest import Command
 
@@ -19,33 +20,38 @@ FORMATS = ("sign-g32", "int4-g32", "int8-channel")
 FEW = CalibrationSettings(samples=2, tokens=24)
 
 
-def costs_of(seed: int, count: int) -> list[SiteCosts]:
-    generator = np.random.default_rng(seed)
+def costs_of(seed: int, count: int, names: tuple[str, ...] = FORMATS) -> list[SiteCosts]:
+    """Sites of several shapes, each two of one group."""
+    draws = np.random.default_rng(seed)
     return [
         SiteCosts(
             f"model.layers.{index}.up",
-            f"g{index}",
+            f"g{index // 2}",
             index,
-            (64, 64),
-            dict(zip("abc", sorted(generator.random(3).tolist(), reverse=True), strict=True)),
-            dict(zip("abc", sorted(generator.integers(100, 1000, 3).tolist()), strict=True)),
+            (64 * (1 + index // 2), 128),
+            dict(zip(names, sorted(draws.random(len(names)).tolist(), reverse=True), strict=True)),
         )
         for index in range(count)
     ]
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_the_front_is_the_best_there_is(seed: int) -> None:
-    sites = costs_of(seed, 6)
-    found = front(sites, ("a", "b", "c"))
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_front_is_the_best_there_is(seed: int, mixed: bool) -> None:
+    names = ("sign-g32", "mixed-g32-c32", "int8-channel") if mixed else FORMATS
+    sites = costs_of(seed, 6, names)
+    found = front(sites, names)
     every = []
-    for names in itertools.product("abc", repeat=6):
-        nbytes = sum(site.nbytes[name] for site, name in zip(sites, names, strict=True))
-        every.append((nbytes, sum(site.costs[name] for site, name in zip(sites, names, strict=True))))
-    weights = 6 * 64 * 64
+    for picks in itertools.product(names, repeat=3 if mixed else 6):
+        chosen = [pick for pick in picks for _ in range(2)] if mixed else list(picks)
+        formats = [Format.parse(name) for name in chosen]
+        nbytes = sum(fmt.nbytes(*site.shape) for site, fmt in zip(sites, formats, strict=True))
+        nbytes += sum(fmt.permutation_nbytes(128) for fmt in formats[::2])
+        every.append((nbytes, sum(site.costs[name] for site, name in zip(sites, chosen, strict=True))))
+    weights = sum(site.weights for site in sites)
     for choice in found:
         budget = round(choice.bpw * weights / 8)
-        assert choice.cost == pytest.approx(min(cost for nbytes, cost in every if nbytes <= budget), abs=1e-6)
+        assert choice.cost == pytest.approx(min(cost for nbytes, cost in every if nbytes <= budget), abs=1e-5)
         assert sum(choice.formats.values()) == 6
     for one, two in itertools.pairwise(found):
         assert one.bpw < two.bpw and one.cost > two.cost
