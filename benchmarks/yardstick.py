@@ -61,7 +61,7 @@ def pieces(corpus: Path, count: int) -> list[str]:
     return out
 
 
-def mixture(corpus: Path, each: int = 40) -> list[str]:
+def mixture(corpus: Path, each: int = 80) -> list[str]:
     """Documents of the training texts, one of each domain in turn; only their beginnings, which is what is drawn."""
     domains = [documents(path) for path in sorted(corpus.glob("train.*.txt.xz"))]
     draw = random.Random(0)

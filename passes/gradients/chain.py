@@ -12,6 +12,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.ir.packed import is_packed
 from hikui.lowering.ir.program import BLOCK, Program
 from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, text_dependent
+from hikui.passes.gradients.coded_matrix import CodedMatrix
 from hikui.passes.graph import block_segments
 
 _TOKENS = 64
@@ -78,18 +79,25 @@ def _behind(node: fx.Node, among: set[fx.Node]) -> set[fx.Node]:
 
 
 class Learned(NamedTuple):
-    """What is learned, or its gradients.
+    """What is learned.
 
     Attributes:
         sites: what is learned of each site of the blocks: its scales, float32 [n, groups], or its matrix, [n, k].
         vectors: float32 [width], by their placeholders.
     """
 
+    sites: Mapping[fx.Node, Tensor | CodedMatrix]
+    vectors: dict[fx.Node, Tensor]
+
+
+class Slopes(NamedTuple):
+    """The gradients for what is learned, float32, those for matrices of codes being those for what they stand for."""
+
     sites: dict[fx.Node, Tensor]
     vectors: dict[fx.Node, Tensor]
 
 
-SiteProduct = Callable[[fx.Node, Tensor | None], Product]
+SiteProduct = Callable[[fx.Node, Tensor | CodedMatrix | None], Product]
 """What a site does, given what is learned of it, if anything is."""
 
 Loss = Callable[[Mapping[fx.Node, Tensor], slice, Mapping[fx.Node, Tensor]], Tensor]
@@ -153,7 +161,7 @@ class Chain:
 
     def gradients(
         self, inputs: Mapping[fx.Node, Tensor], now: Learned, product: SiteProduct, loss: Loss
-    ) -> tuple[Tensor, Learned]:
+    ) -> tuple[Tensor, Slopes]:
         """A loss summed over all tokens, float64, and its gradients for what is learned.
 
         Unless `keeps`, only what goes from block to block is kept on the way there; each block is run once more on the
@@ -168,7 +176,7 @@ class Chain:
         else:
             values = self.forwards(inputs, now, product)
         reaching: dict[fx.Node, Tensor] = {}
-        found = Learned({}, {})
+        found = Slopes({}, {})
         total = torch.zeros((), dtype=torch.float64)
         for rows in cuts(length(inputs)):
             read, own = _leaves({node: values[node] for node in self.head_inputs}), self._own(self.head, now)
@@ -195,9 +203,10 @@ class Chain:
     ) -> "_Graph":
         """What a block makes of some values, and all that gradients are taken of."""
         read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
-        learned = _leaves({site: now.sites[site] for site in span.sites if site in now.sites})
+        held = {site: _as_leaf(now.sites[site]) for site in span.sites if site in now.sites}
+        learned = {site: _gradients_of(value) for site, value in held.items()}
         with torch.enable_grad():
-            products = {site: product(site, learned.get(site)) for site in span.sites}
+            products = {site: product(site, held.get(site)) for site in span.sites}
             made = block.run(read, length(values), products, own)
         return _Graph(read, own, learned, made)
 
@@ -232,6 +241,18 @@ def cuts(count: int) -> list[slice]:
 def length(inputs: Mapping[fx.Node, Tensor]) -> int:
     """Of a text, by what is read of what is before its blocks: [1, T, …]."""
     return next(iter(inputs.values())).shape[1]
+
+
+def _as_leaf(value: Tensor | CodedMatrix) -> Tensor | CodedMatrix:
+    return value.as_leaf() if isinstance(value, CodedMatrix) else value.detach().requires_grad_()
+
+
+def _gradients_of(value: Tensor | CodedMatrix) -> Tensor:
+    """The leaf itself, which codes have something stand in for."""
+    if isinstance(value, Tensor):
+        return value
+    assert value.stand_in is not None, "it has been made a leaf"
+    return value.stand_in
 
 
 def _leaves(values: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:

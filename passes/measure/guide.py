@@ -189,7 +189,7 @@ class _Backpropagation:
         generator = torch.Generator().manual_seed((self._options.seed * _TEXTS + number) % _SEEDS)
         squares: dict[str, Tensor] = {}
 
-        def product(site: fx.Node, _: Tensor | None) -> Product:
+        def product(site: fx.Node, _: object) -> Product:
             name = self._group.get(site)
 
             def add(of_y: Tensor) -> None:

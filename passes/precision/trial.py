@@ -220,7 +220,7 @@ class _Trials:
                 )
         return [values for values, _ in runs], [wanted for _, wanted in runs]
 
-    def _exact(self, site: fx.Node, _: Tensor | None) -> Product:
+    def _exact(self, site: fx.Node, _: object) -> Product:
         return multiply_by(self._matrices[site])
 
     def _said(self, values: Mapping[fx.Node, Tensor], rows: slice, products: Mapping[fx.Node, Product]) -> Tensor:
@@ -239,7 +239,7 @@ class _Trials:
         """Nats a token that one site in one format costs."""
         tried = multiply_by(self._rounded(site, fmt))
 
-        def product(node: fx.Node, _: Tensor | None) -> Product:
+        def product(node: fx.Node, _: object) -> Product:
             return tried if node is site else self._exact(node, None)
 
         total, tokens = 0.0, 0

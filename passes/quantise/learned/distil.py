@@ -5,7 +5,7 @@ alone, and of NanoQuant (arXiv 2602.06694), whose loss is the divergence from th
 learned beside them; codes stay what a quantiser chose.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.formats import pack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
-from hikui.passes.gradients.chain import Learned, Sections
+from hikui.passes.gradients.chain import Learned, Sections, Slopes
 from hikui.passes.quantise.learned.distillation import Course, Student
 from hikui.passes.quantise.learned.distiller import Distiller, as_stored, head_nbytes, put_in_place
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
@@ -80,7 +80,7 @@ class Distil(Distiller):
         nodes = {node.name: node for node in work.graph.nodes}
         for site, scale in learned.sites.items():
             held = PackedLinear.of(nodes[site.name]).scale
-            assert held is not None, "integer formats have scales"
+            assert held is not None and isinstance(scale, Tensor), "integer formats have scales, which are learned"
             put_in_place(work, held, pack_scale(scale), "distilled", nodes[site.name])
         for vector, value in learned.vectors.items():
             put_in_place(work, nodes[vector.name], value, "distilled")
@@ -102,6 +102,6 @@ class _Scales(Student):
         pairs = zip(self._products.items(), values, strict=False)
         return {site: as_stored(held.scale * factor) for (site, held), factor in pairs}
 
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
+    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
         """Those for the factors."""
-        return [found[site] * held.scale for site, held in self._products.items()]
+        return [found.sites[site] * held.scale for site, held in self._products.items()]

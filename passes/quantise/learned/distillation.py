@@ -19,7 +19,8 @@ from hikui.lowering.errors import HikuiError
 from hikui.lowering.ir.program import SITE, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import PassContext
-from hikui.passes.gradients.chain import Learned, Sections
+from hikui.passes.gradients.chain import Learned, Sections, Slopes
+from hikui.passes.gradients.coded_matrix import CodedMatrix
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, room_for, value_nbytes
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
 
@@ -101,17 +102,17 @@ class Student(ABC):
         vectors = {vector: stored * factors.get(vector, 1.0) for vector, stored in self._stored.items()}
         return Learned(self.sites(values, workers), vectors)
 
-    def gradients(self, values: Sequence[Tensor], found: Learned, workers: Workers) -> list[Tensor]:
-        """The gradients for the values from those for what `learned` gave."""
+    def gradients(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
+        """The gradients for the values from those for `now`, what `learned` gave; these are used up."""
         of_vectors = [found.vectors[vector] * self._stored[vector] for vector in self.vectors]
-        return [*self.of_sites(values, found.sites, workers), *of_vectors]
+        return [*self.of_sites(values, now, found, workers), *of_vectors]
 
     @abstractmethod
-    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:
+    def sites(self, values: Sequence[Tensor], workers: Workers) -> Mapping[fx.Node, Tensor | CodedMatrix]:
         """What sites are for some values."""
 
     @abstractmethod
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
+    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
         """The gradients for all values but the factors of vectors."""
 
     def confine(self) -> None:  # noqa: B027  (most values may be anything)
@@ -186,6 +187,7 @@ class Distillation:
             finished = step + 1
             if finished % course.every and finished != steps:
                 continue
+            give_back()
             if course.shares and (now := self._judge(values)) < least:
                 least, best = now, [value.clone() for value in values]
             self._keep(finished, optimisers, best, (first, least))
@@ -259,10 +261,10 @@ class Distillation:
         student = self._student
         now = student.learned(student.values, self._workers)
 
-        def one(number: int) -> Learned:
+        def one(number: int) -> Slopes:
             return student.whole.gradients(self._inputs[number], self._targets[number], now)[1]
 
-        total = Learned({}, {})
+        total = Slopes({}, {})
         for found in self._workers.map(one, numbers):
             for place, part in zip(total, found, strict=True):
                 for node, gradient in part.items():
@@ -272,13 +274,13 @@ class Distillation:
                         place[node] = gradient
         for place in total:
             for node, gradient in place.items():
-                if not bool(gradient.isfinite().all()):
+                if not bool(gradient.sum().isfinite()):
                     raise HikuiError(
                         f"The gradients of {node.meta.get(SITE, node.name)} are NaN or infinite on the calibration "
                         "text; `hikui eval` of the float model shows whether its numbers are finite."
                     )
         tokens = self._tokens(numbers)
-        gradients = student.gradients(student.values, total, self._workers)
+        gradients = student.gradients(student.values, now, total, self._workers)
 
         def move(number: int) -> None:
             optimiser, value = optimisers[number], student.values[number]
@@ -290,7 +292,6 @@ class Distillation:
 
         self._workers.each(move, range(len(optimisers)))
         student.confine()
-        give_back()
 
     def _tokens(self, numbers: Sequence[int]) -> int:
         return sum(self._texts[number].shape[1] for number in numbers)

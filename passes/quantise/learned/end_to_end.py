@@ -1,6 +1,7 @@
 """How far a quantised model is from the float one, as a function of its scales and norms, with its gradients."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -8,7 +9,11 @@ from torch import Tensor, fx
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product, multiply_by
-from hikui.passes.gradients.chain import Chain, Learned, Sections, cuts, length
+from hikui.passes.gradients.chain import Chain, Learned, Sections, Slopes, cuts, length
+from hikui.passes.gradients.coded_matrix import CodedMatrix
+
+_IN_CACHE = 1 << 18
+"""Logits: a megabyte."""
 
 
 class EndToEnd:
@@ -31,7 +36,7 @@ class EndToEnd:
         program: Program,
         parts: Sections,
         lengths: set[int],
-        products: Mapping[fx.Node, Callable[[Tensor], Product]],
+        products: Mapping[fx.Node, Callable[[Any], Product]],
     ) -> None:
         self._products = products
         self._chain = Chain(program, parts, lengths)
@@ -60,7 +65,7 @@ class EndToEnd:
 
     def gradients(
         self, inputs: Mapping[fx.Node, Tensor], targets: Mapping[fx.Node, Tensor], now: Learned
-    ) -> tuple[Tensor, Learned]:
+    ) -> tuple[Tensor, Slopes]:
         """The divergence as above, and its gradients."""
 
         def loss(read: Mapping[fx.Node, Tensor], rows: slice, vectors: Mapping[fx.Node, Tensor]) -> Tensor:
@@ -68,7 +73,7 @@ class EndToEnd:
 
         return self._chain.gradients(inputs, now, self._product, loss)
 
-    def _product(self, site: fx.Node, learned: Tensor | None) -> Product:
+    def _product(self, site: fx.Node, learned: Tensor | CodedMatrix | None) -> Product:
         assert learned is not None, "something is learned of all sites"
         return self._products[site](learned)
 
@@ -83,7 +88,32 @@ class EndToEnd:
         count, head = rows.stop - rows.start, self._chain.head
         with torch.no_grad():
             cut = {node: targets[node][:, rows] for node in self.head_inputs}
-            wanted = head.run(cut, count, self._exact)[0].log_softmax(-1)
+            wanted = head.run(cut, count, self._exact)[0]
         cut = {node: values[node][:, rows] for node in self.head_inputs}
-        given = head.run(cut, count, self._rounded, vectors)[0].log_softmax(-1)
-        return (wanted.exp() * (wanted - given)).sum(-1).double().sum()
+        given = head.run(cut, count, self._rounded, vectors)[0]
+        divergence: Tensor = _Divergence.apply(given, wanted)  # type: ignore[no-untyped-call]
+        return divergence
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(softmax(wanted)‖softmax(given)) summed over the tokens, float64; its gradient is made on the way there."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        slope = torch.empty_like(given) if ctx.needs_input_grad[0] else None
+        # So many rows at a time that all that is made of them stays in the cache.
+        count = max(1, _IN_CACHE // given.shape[-1])
+        rows = [each.flatten(0, -2).split(count) for each in (given, wanted)]
+        for index, (mine, other) in enumerate(zip(*rows, strict=True)):
+            logarithms, sought = mine.log_softmax(-1), other.log_softmax(-1)
+            likely = sought.exp()
+            total += sought.sub_(logarithms).mul_(likely).sum(-1, dtype=torch.float64).sum()
+            if slope is not None:
+                slope.flatten(0, -2)[index * count :][:count] = logarithms.exp_().sub_(likely)
+        ctx.slope = slope
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor, None]:
+        return ctx.slope.mul_(of_total), None

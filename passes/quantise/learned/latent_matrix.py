@@ -11,6 +11,7 @@ from hikui.lowering.formats import KINDS, quantize_activation, unpack_codes, unp
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product
+from hikui.passes.gradients.coded_matrix import CodedMatrix
 from hikui.passes.quantise.rounding import inverse, nearest
 
 _BEYOND = 0.5
@@ -21,6 +22,10 @@ training turned all of these codes back at once: SmolLM2-135M at int2-g128 went 
 With all latents near their codes, those whose weight lies in the middle of two codes are no more easily turned than
 the others, and on tiny models nothing was learned.
 """
+
+
+_IN_CACHE = 1 << 17
+"""Weights: half a megabyte."""
 
 
 class LatentMatrix:
@@ -72,30 +77,63 @@ class LatentMatrix:
 
     def codes(self, latent: Tensor) -> Tensor:
         """int8 [n, k]."""
-        return self._nearest(latent)[:, : self._columns].to(torch.int8)
+        codes = torch.empty(latent.shape[0], self._columns, dtype=torch.int8)
+        for rows in self._in_cache():
+            codes[rows] = self._nearest(latent[rows])[:, : self._columns]
+        return codes
 
-    def matrix(self, latent: Tensor, scale: Tensor) -> Tensor:
-        """ŵ for some scales, float32 [n, groups]: float32 [n, k]."""
+    def _in_cache(self) -> list[slice]:
+        """So many rows at a time that all that is made of them stays in the cache."""
+        count, n = max(1, _IN_CACHE // self._width), self.latent.shape[0]
+        return [slice(start, start + count) for start in range(0, n, count)]
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether the product is one of integers: one scale a row, and a byte for each of x̂."""
+        return self._bits == 8 and self._group == self._width
+
+    def matrix(self, latent: Tensor, scale: Tensor) -> Tensor | CodedMatrix:
+        """ŵ for some scales, float32 [n, groups]: float32 [n, k], or its codes."""
+        if self.is_coded:
+            return CodedMatrix(self.codes(latent), scale.squeeze(1))
         whole = self._grouped(self._nearest(latent)).mul_(scale.unsqueeze(-1)).flatten(1)
         return whole[:, : self._columns]
 
-    def gradients(self, latent: Tensor, scale: Tensor, of_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Those for the latents, straight through the rounding, and for the scales, from that for ŵ, [n, k]."""
-        whole = self._grouped(F.pad(of_matrix, (0, self._width - self._columns)))
-        of_scale = (whole * self._grouped(self._nearest(latent))).sum(-1)
-        of_latent = (whole * scale.unsqueeze(-1)).flatten(1)
-        for kind, at in self._parts:
-            of_latent[:, at] *= _unit(kind)
+    def gradients(
+        self, latent: Tensor, scale: Tensor, of_matrix: Tensor, codes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Those for the latents, straight through the rounding, and for the scales.
+
+        Args:
+            latent: float32 [n, padded k].
+            scale: float32 [n, groups].
+            of_matrix: that for ŵ: float32 [n, k], which is used up.
+            codes: of the latents, where they are at hand.
+        """
+        of_scale = torch.empty_like(scale)
+        of_latent = of_matrix if self._width == self._columns else torch.empty_like(latent)
+        units = [_unit(kind) for kind, _ in self._parts]
+        for rows in self._in_cache():
+            known = self._nearest(latent[rows]) if codes is None else self._padded(codes[rows])
+            whole = self._grouped(self._padded(of_matrix[rows]))
+            of_scale[rows] = (whole * self._grouped(known)).sum(-1)
+            part = torch.mul(whole, scale[rows].unsqueeze(-1) * units[0], out=self._grouped(of_latent[rows])).flatten(1)
+            for (_, at), unit in zip(self._parts[1:], units[1:], strict=True):
+                part[:, at] *= unit / units[0]
         return of_latent, of_scale
+
+    def _padded(self, part: Tensor) -> Tensor:
+        return F.pad(part, (0, self._width - self._columns)) if self._width > self._columns else part
 
     def confine(self) -> None:
         """Brings latents back into the cells of the codes."""
         for kind, at in self._parts:
-            low, high = _limits(kind)
-            self.latent[:, at].clamp_(low, high)
+            self.latent[:, at].clamp_(*_limits(kind))
 
-    def times(self, matrix: Tensor) -> Product:
-        """The product with a matrix, float32 [n, k]; rounding x is passed straight through to its gradient."""
+    def times(self, matrix: Tensor | CodedMatrix) -> Product:
+        """The product with what `matrix` gave; rounding x is passed straight through to its gradient."""
+        if isinstance(matrix, CodedMatrix):
+            return matrix.product
 
         def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
             if self._bits:

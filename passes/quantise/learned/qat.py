@@ -5,7 +5,7 @@ al., 2013, arXiv 1308.3432), as in quantisation-aware training of language model
 EfficientQAT, arXiv 2407.11062, whose first stage trains them block by block). The teacher is the float model itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,8 @@ from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Packed, pack
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
-from hikui.passes.gradients.chain import Learned, Sections
+from hikui.passes.gradients.chain import Learned, Sections, Slopes
+from hikui.passes.gradients.coded_matrix import CodedMatrix
 from hikui.passes.quantise.learned.distillation import Course, Student
 from hikui.passes.quantise.learned.distiller import Distiller, as_stored, head_nbytes, put_in_place
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
@@ -116,21 +117,23 @@ class _Latents(Student):
         ):
             yield site, held, latent, factor
 
-    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor]:
+    def sites(self, values: Sequence[Tensor], workers: Workers) -> dict[fx.Node, Tensor | CodedMatrix]:
         """The rounded matrices."""
 
-        def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[fx.Node, Tensor]:
+        def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[fx.Node, Tensor | CodedMatrix]:
             site, held, latent, factor = pair
             return site, held.matrix(latent, as_stored(held.scale * factor))
 
         return dict(workers.map(one, self._pairs(values)))
 
-    def of_sites(self, values: Sequence[Tensor], found: Mapping[fx.Node, Tensor], workers: Workers) -> list[Tensor]:
+    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
         """Those for latents, straight through the rounding, and those for the factors."""
 
         def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             site, held, latent, factor = pair
-            of_latent, of_scale = held.gradients(latent, as_stored(held.scale * factor), found[site])
+            made, scale = now.sites[site], as_stored(held.scale * factor)
+            codes = made.codes if isinstance(made, CodedMatrix) else None
+            of_latent, of_scale = held.gradients(latent, scale, found.sites[site], codes)
             return of_latent, of_scale * held.scale
 
         pairs = list(workers.map(one, self._pairs(values)))

@@ -185,6 +185,7 @@ def test_gradients_reach_every_scale_and_vector(family: str) -> None:
     for kind in (0, 1):
         for node, gradient in found[kind].items():
             value = now[kind][node]
+            assert isinstance(value, Tensor)
             assert gradient.shape == value.shape
             # A bias of keys moves all scores of a query alike, and so nothing.
             if float(gradient.norm()) < 1e-4:
