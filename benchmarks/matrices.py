@@ -52,7 +52,7 @@ def plain(step: Quantiser[Any], fmt: Format) -> Method:
         with Workers(1) as workers:
             known = {"mean_square": gram.diagonal().float(), "gram": gram}
             evidence = OwnEvidence(**{name: known[name] for name in step.wants()})
-            return dequantise(step.quantise(weight, fmt, step.prepare(evidence, workers)), fmt)
+            return dequantise(step.quantise(weight, fmt, step.prepare(evidence, workers, fmt)), fmt)
 
     return rounded
 

@@ -11,6 +11,7 @@ from hikui.lowering.errors import UsageError
 from hikui.lowering.expressions import compiled
 from hikui.lowering.ir.program import (
     BLOCK,
+    COLUMNS,
     CORRECTION,
     FIXED,
     FLOAT_WEIGHT,
@@ -26,7 +27,7 @@ from hikui.lowering.ir.program import (
 aten = torch.ops.aten
 hikui = torch.ops.hikui
 
-SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT, CORRECTION)
+SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT, CORRECTION, COLUMNS)
 """What is known of a site, whatever op it has become."""
 
 INHERITED = (BLOCK, "nn_module_stack", "stack_trace")

@@ -10,6 +10,7 @@ from torch import fx
 from hikui.lowering.ir.program import (
     BLOCK,
     BRANCH,
+    COLUMNS,
     CORRECTION,
     FIXED,
     FLOAT_WEIGHT,
@@ -88,6 +89,7 @@ ANNOTATIONS: Mapping[str, tuple[str, str]] = {
     "format": (FORMAT, "format"),
     "fixed_format": (FIXED, "format"),
     "correction": (CORRECTION, "text"),
+    "columns": (COLUMNS, "text"),
     "sensitivity": (SENSITIVITY, "numbers"),
     "statistics": (STATISTICS, "texts"),
     "transformed": (TRANSFORMED, "list"),

@@ -1,13 +1,13 @@
 """Gives sites a format of two parts: the columns that matter in int4, all others as signs (after Squeeze10)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import GROUPS, MIXED, Format
-from hikui.lowering.ir.program import FORMAT, SITE, Program
+from hikui.lowering.ir.program import COLUMNS, FORMAT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape, selected, sites
 from hikui.passes.precision.candidates import tied_nbytes
@@ -23,6 +23,13 @@ class Mixed(Pass):
     Attributes:
         share: of the columns that are int4, between 0 and 1; rounded to whole groups, at least one.
         group: input columns that share a scale: 32, 64 or 128.
+        by: which columns matter: those with the largest Σ_i w_ij²·E[x_j²], what the outputs owe to them (`output`);
+            Σ_i (|w_ij| − mean_j |w_ij|)²·E[x_j²], what signs would cost the outputs (`pbar`, after Squeeze10's
+            post-binarisation activation robustness, whose formula is not published); the same first factor over the
+            diagonal of the inverse of E[x·xᵀ], what they would cost after all others have made up for it (`obs`, after
+            Optimal Brain Surgeon; wants `calibrate{gram=true}`); E[x_j²] (`activation`, after PTQ1.61); Σ_i w_ij²
+            (`weight`); or by chance, to compare with (`random`).
+        seed: of chance.
         sites: regular expression of the sites to assign; empty is all.
         skip: regular expression of the sites to leave as they are.
     """
@@ -30,6 +37,8 @@ class Mixed(Pass):
     name: ClassVar[str] = "mixed"
     share: float = 0.15
     group: int = 128
+    by: Literal["output", "pbar", "obs", "activation", "weight", "random"] = "output"
+    seed: int = 0
     sites: str = ""
     skip: str = ""
 
@@ -45,6 +54,11 @@ class Mixed(Pass):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
         for node in self._chosen(program):
             require_mixable([node], self._format(node))
+            if self.by == "obs" and "gram" not in node.meta[STATISTICS]:
+                raise HikuiError(
+                    f"Site {node.meta[SITE]} has no Gram matrix, which mixed{{by=obs}} chooses columns by; run "
+                    "`calibrate{gram=true}` first."
+                )
 
     def _chosen(self, program: Program) -> list[fx.Node]:
         return [node for node in selected(float_sites(program), self.sites, self.skip) if FORMAT not in node.meta]
@@ -76,5 +90,7 @@ class Mixed(Pass):
             counts[str(fmt)] = counts.get(str(fmt), 0) + len(members)
             for node in members:
                 node.meta[FORMAT] = str(fmt)
+                if self.by != "output":
+                    node.meta[COLUMNS] = f"random/{self.seed}" if self.by == "random" else self.by
         notes = [f"{8 * nbytes / weights:.3f} true bits per weight over these sites"]
         return PassResult(work, True, notes + [f"{name}: {counts[name]} sites" for name in sorted(counts)])

@@ -5,22 +5,29 @@ consumes the gathered activation sees matrices with their columns permuted alike
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from zlib import crc32
 
 import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.program import GROUP, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import COLUMNS, GROUP, SITE, STATISTICS, Program
 from hikui.passes.graph import aten, insert, is_measured, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite, row_parts
+
+CRITERIA = ("output", "pbar", "obs", "activation", "weight", "random")
+"""What columns may be chosen by; `Mixed` says what each is."""
+
+_DAMPING = 0.01
+"""Of the Gram matrix before it is inverted, over the mean of its diagonal, as in `gptq`."""
 
 
 def mixed_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tensor:
     """The order of the input columns of tied sites: the int4 ones first, each part ascending.
 
-    A column counts Σ_i w_ij² · E[x_j²], summed over the sites: what the outputs owe to it. Of equal ones the earlier
-    counts more.
+    A column counts what the first site was marked with by `mixed`, or Σ_i w_ij² · E[x_j²], summed over the sites. Of
+    equal ones the earlier counts more.
 
     Args:
         program: holds the weights and the statistics.
@@ -35,17 +42,37 @@ def mixed_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tenso
     """
     require_mixable(tied, fmt)
     _, k = matrix_shape(tied[0])
-    squares = torch.zeros(k, dtype=torch.float64)
-    for node in tied:
-        for rows in row_parts(*matrix_shape(node)):
-            part = load_finite(program, weight_of(node), node.meta[SITE], rows)
-            squares += part.double().square().sum(0)
-    counts = squares * program.store.load(tied[0].meta[STATISTICS]["mean_square"]).double()
+    counts = _counts(program, tied, str(tied[0].meta.get(COLUMNS, CRITERIA[0])))
     assert fmt.columns is not None, "the format is mixed"
     ranked = torch.sort(counts, descending=True, stable=True).indices
     chosen = torch.zeros(k, dtype=torch.bool)
     chosen[ranked[: fmt.columns]] = True
     return torch.cat((chosen.nonzero().squeeze(1), (~chosen).nonzero().squeeze(1))).to(torch.int32)
+
+
+def _counts(program: Program, tied: Sequence[fx.Node], criterion: str) -> Tensor:
+    """What each column counts by a criterion: float64 [k]."""
+    _, k = matrix_shape(tied[0])
+    statistics = tied[0].meta[STATISTICS]
+    by, _, seed = criterion.partition("/")
+    if by == "random":
+        # Groups of one shape draw different columns, and each the same in every run.
+        generator = torch.Generator().manual_seed(crc32(f"{tied[0].meta[GROUP]} {seed}".encode()))
+        return torch.rand(k, generator=generator, dtype=torch.float64)
+    squares = torch.ones(k, dtype=torch.float64) if by == "activation" else torch.zeros(k, dtype=torch.float64)
+    for node in tied if by != "activation" else ():
+        for rows in row_parts(*matrix_shape(node)):
+            part = load_finite(program, weight_of(node), node.meta[SITE], rows).double()
+            if by in ("pbar", "obs"):
+                part = part.abs() - part.abs().mean(1, keepdim=True)
+            squares += part.square().sum(0)
+    if by == "weight":
+        return squares
+    if by == "obs":
+        gram = program.store.load(statistics["gram"]).double()
+        gram.diagonal().add_(_DAMPING * (float(gram.diagonal().mean()) or 1.0))
+        return squares / torch.cholesky_inverse(torch.linalg.cholesky(gram)).diagonal()
+    return squares * program.store.load(statistics["mean_square"]).double()
 
 
 def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
@@ -57,6 +84,11 @@ def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
         if not is_measured(node):
             raise HikuiError(
                 f"Site {site} has no statistics to choose the int4 columns of {fmt} by; run `calibrate` first."
+            )
+        if node.meta.get(COLUMNS) == "obs" and "gram" not in node.meta[STATISTICS]:
+            raise HikuiError(
+                f"Site {site} has no Gram matrix, which 'obs' chooses the int4 columns of {fmt} by; run "
+                "`calibrate{gram=true}` first."
             )
 
 

@@ -20,7 +20,7 @@ from hikui.passes.measure import linalg
 from hikui.passes.measure.evidence import Evidence
 from hikui.passes.quantise.descent import descend
 from hikui.passes.quantise.quantiser import Quantiser
-from hikui.passes.quantise.rounding import Rounded, column_groups, inverse, nearest, round_matrix
+from hikui.passes.quantise.rounding import Rounded, column_groups, dequantise, inverse, nearest, round_matrix
 
 _BLOCK = 128
 """Columns whose errors are applied to all later ones at once."""
@@ -37,12 +37,15 @@ class Factor(NamedTuple):
         order: int64 [k], or None where it is the columns' own.
         importance: float32 [k], the diagonal of H in the columns' own order.
         hessian: H itself, float32 [k, k] in the columns' own order, where sweeps are to follow.
+        signs_first: the same with the columns that become signs before all others, those with the smallest activations
+            first, where these are to be rounded in two stages.
     """
 
     upper: Tensor
     order: Tensor | None
     importance: Tensor
     hessian: Tensor | None = None
+    signs_first: "Factor | None" = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Gptq(Quantiser[Factor]):
         sweeps: afterwards refit the scales in closed form and look at every code once more, so many times (`descent`).
         inputs: `quantised` measures each site behind the quantised blocks; `float` in the float model (after
             Squeeze10's full-information supervision).
+        staged: round sites of a mixed format to int4 throughout first, and from there, column by column, those that
+            become signs, the int4 ones making up for them at the end (after Squeeze10); otherwise all columns are
+            rounded once, from the float weights.
     """
 
     name: ClassVar[str] = "gptq"
@@ -71,6 +77,7 @@ class Gptq(Quantiser[Factor]):
     weighted: bool = False
     sweeps: int = 0
     inputs: Literal["quantised", "float"] = "quantised"
+    staged: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,30 +93,42 @@ class Gptq(Quantiser[Factor]):
 
     @property
     def spare_matrices(self) -> int:
-        """The copy of H in another order, and the one for sweeps: float32, counted as if it were float64."""
-        return int(self.act_order) + bool(self.sweeps)
+        """The copy of H in another order, the one for sweeps (float32, counted as float64), and what stages take."""
+        return int(self.act_order) + bool(self.sweeps) + 2 * self.staged
 
     def wants(self) -> frozenset[str]:
         """The Gram matrix."""
         return frozenset({"gram"})
 
-    def prepare(self, evidence: Evidence, workers: Workers) -> Factor:
+    def prepare(self, evidence: Evidence, workers: Workers, fmt: Format) -> Factor:
         """Factors the Gram matrix."""
         assert evidence.gram is not None, "it was asked for"
         diagonal = evidence.gram.diagonal().clone()
         order = torch.sort(diagonal, descending=True, stable=True).indices if self.act_order else None
         hessian = evidence.gram.float() if self.sweeps else None
+        staged = None
+        if self.staged and fmt.columns is not None:
+            small = torch.sort(diagonal[fmt.columns :], stable=True).indices + fmt.columns
+            signs_first = torch.cat((small, torch.arange(fmt.columns)))
+            upper = linalg.permuted(evidence.gram, signs_first)
+            linalg.factor_upper(upper, self.damping, workers)
+            staged = Factor(upper, signs_first, diagonal.float())
         gram = evidence.take_gram(order)
         damping = linalg.factor_upper(gram, self.damping, workers)
         if hessian is not None:
             mean = float(diagonal.mean())
             hessian.diagonal().add_(damping * (mean if mean > 0 else 1.0))
-        return Factor(gram, order, diagonal.float(), hessian)
+        return Factor(gram, order, diagonal.float(), hessian, staged)
 
     def quantise(self, weight: Tensor, fmt: Format, prepared: Factor) -> Rounded:
         """Rounds some rows; see `Rounder.quantise`."""
         importance = prepared.importance if self.weighted else None
-        rounded = compensate(weight, fmt, prepared, self.clip, importance)
+        if prepared.signs_first is None:
+            rounded = compensate(weight, fmt, prepared, self.clip, importance)
+        else:
+            buffer = Format("int4", fmt.group)
+            start = dequantise(compensate(weight, buffer, prepared, self.clip, importance), buffer)
+            rounded = compensate(start, fmt, prepared.signs_first, self.clip, importance)
         if prepared.hessian is None:
             return rounded
         return descend(weight, rounded, fmt, prepared.hessian, self.sweeps)

@@ -99,7 +99,7 @@ class Packer(Generic[Prepared]):
     def _prepare(self, node: fx.Node, fmt: Format, order: Tensor | None, evidence: OwnEvidence | None) -> Prepared:
         """What tied sites share is worked out with the first of them; a mixed format sees its columns permuted."""
         if evidence is None:
-            return self._rounder.prepare(_UNKNOWN, self._workers)
+            return self._rounder.prepare(_UNKNOWN, self._workers, fmt)
         if evidence is not self._of:
             # Of the tied group before nothing is needed any more.
             self._of, self._prepared = evidence, {}
@@ -110,7 +110,7 @@ class Packer(Generic[Prepared]):
             seen: Evidence = evidence if last else evidence.shared()
             if order is not None:
                 seen = seen.permuted(order)
-            self._prepared[key] = self._rounder.prepare(seen, self._workers)
+            self._prepared[key] = self._rounder.prepare(seen, self._workers, fmt)
         return self._prepared[key]
 
 

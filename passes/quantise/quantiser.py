@@ -12,6 +12,7 @@ from torch import fx
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import CORRECTION, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import PassContext, PassResult
 from hikui.passes.graph import sites
@@ -84,5 +85,5 @@ class Quantiser(Rounder[Prepared]):
 class DataFreeQuantiser(Quantiser[None]):
     """Base of those that look at the weights alone."""
 
-    def prepare(self, evidence: Evidence, workers: Workers) -> None:
+    def prepare(self, evidence: Evidence, workers: Workers, fmt: Format) -> None:
         """Nothing is worked out beforehand."""

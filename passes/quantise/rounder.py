@@ -114,12 +114,13 @@ class Rounder(Pass, Generic[Prepared]):
         return 0
 
     @abstractmethod
-    def prepare(self, evidence: Evidence, workers: Workers) -> Prepared:
+    def prepare(self, evidence: Evidence, workers: Workers, fmt: Format) -> Prepared:
         """What is worked out once for tied sites of one order of columns.
 
         Args:
             evidence: has what `wants` names; `take_gram` gives a matrix that may be overwritten.
             workers: share the work.
+            fmt: of the first of them; where it is mixed, of all.
         """
 
     @abstractmethod

@@ -37,7 +37,7 @@ class Rtn(Quantiser[OutputMetric | Tensor | None]):
         """What scales are searched with."""
         return frozenset({"gram"} if self.clip == "output" else {"mean_square"} if self.weighted else ())
 
-    def prepare(self, evidence: Evidence, workers: Workers) -> OutputMetric | Tensor | None:
+    def prepare(self, evidence: Evidence, workers: Workers, fmt: Format) -> OutputMetric | Tensor | None:
         """What errors are weighed with: the Gram matrix, or each column's mean square."""
         return OutputMetric(evidence.take_gram()) if self.clip == "output" else evidence.mean_square
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format, unpack
 from hikui.lowering.ir import sizes
-from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import COLUMNS, FORMAT, GROUP, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Activation, Mixed
 from hikui.passes.graph import aten, hikui, is_weight, matrix_shape, sites, weight_of
@@ -29,6 +29,7 @@ from tests.passes.helpers import (
 )
 
 EMBEDDING = random(SMALL_VOCABULARY, 96)
+MIXED_32 = Format.parse("mixed-g32-c32")
 QKV = [f"model.layers.0.self_attn.{name}_proj" for name in "qkv"]
 
 
@@ -61,6 +62,66 @@ def test_text() -> None:
         // CHECK: hikui.linear_a8(%[[Q]], %[[S]], %[[U]], %w_model_layers_0_self_attn_v_proj_weight_mixed_g32_c32,
         """,
     )
+
+
+@pytest.mark.parametrize("by", ["pbar", "obs", "activation", "weight"])
+def test_columns_lead_by_what_they_are_chosen_by(by: str) -> None:
+    """Against the formulas in float64, weight by weight, over all sites of the group."""
+    exact = canonical("llama")
+    program = lower(exact, f"calibrate{{gram=true}},mixed{{group=32,by={by}}}", calibration(exact))
+    tied = [node for node in sites(program) if node.meta[SITE] in QKV]
+    assert {node.meta[COLUMNS] for node in tied} == {by}
+    statistics = tied[0].meta[STATISTICS]
+    mean_square = program.store.load(statistics["mean_square"]).tolist()
+    gram = program.store.load(statistics["gram"]).double()
+    gram += 0.01 * float(gram.diagonal().mean()) * torch.eye(len(gram))
+    inverse = torch.linalg.inv(gram).diagonal().tolist()
+    counts = [0.0] * len(mean_square)
+    for node in tied:
+        for row in program.store.load(program.weight_of(weight_of(node))).double().tolist():
+            mean = sum(map(abs, row)) / len(row)
+            for j, value in enumerate(row):
+                off = value - (mean if value >= 0 else -mean)
+                counts[j] += {
+                    "pbar": off * off * mean_square[j],
+                    "obs": off * off / inverse[j],
+                    "activation": mean_square[j] / (len(row) * len(tied)),
+                    "weight": value * value,
+                }[by]
+    ranked = sorted(range(len(counts)), key=lambda j: -counts[j])
+    order = mixed_order(program, tied, MIXED_32).tolist()
+    assert order == sorted(ranked[:32]) + sorted(ranked[32:])
+    if by != "activation":
+        plain = lower(exact, "calibrate{gram=true},mixed{group=32,by=activation}", calibration(exact))
+        assert order != mixed_order(plain, [n for n in sites(plain) if n.meta[SITE] in QKV], MIXED_32).tolist()
+
+
+def test_chance_is_the_same_in_every_run_and_another_for_each_group_and_seed() -> None:
+    exact = canonical("llama")
+
+    def drawn(seed: int) -> list[list[int]]:
+        program = lower(exact, f"calibrate,mixed{{group=32,by=random,seed={seed}}}", calibration(exact))
+        tied = [
+            [node for node in sites(program) if f"layers.{layer}.self_attn.q" in node.meta[SITE]] for layer in (0, 1)
+        ]
+        return [mixed_order(program, nodes, MIXED_32).tolist() for nodes in tied]
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first == again
+    assert first[0] != first[1] and first[0] != other[0]
+    assert sorted(first[0]) == list(range(48))
+
+
+def test_a_choice_by_the_inverse_wants_the_gram_matrix() -> None:
+    with pytest.raises(HikuiError, match=r"has no Gram matrix, which mixed\{by=obs\} chooses columns by; run `calib"):
+        lower(measured(), "mixed{group=32,by=obs}")
+    # Or where it is gone by the time that a quantiser asks.
+    exact = canonical("llama")
+    program = lower(exact, "calibrate{gram=true},mixed{group=32,by=obs}", calibration(exact))
+    for node in sites(program):
+        node.meta[STATISTICS] = {key: name for key, name in node.meta[STATISTICS].items() if key != "gram"}
+    with pytest.raises(HikuiError, match="has no Gram matrix, which 'obs' chooses the int4 columns of mixed-g32-c32"):
+        lower(program, "rtn")
 
 
 def test_the_most_important_columns_lead_in_their_order() -> None:

@@ -81,7 +81,7 @@ def test_gptq_with_sweeps_loses_less_on_every_row() -> None:
     for sweeps in (0, 2):
         step = Gptq(bits=3, group=32, sweeps=sweeps)
         with Workers(1) as workers:
-            prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers)
+            prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers, fmt)
         found[sweeps] = error(weight, step.quantise(weight, fmt, prepared), fmt, prepared_hessian(gram, step))
     assert bool((found[2] <= found[0] * (1 + 1e-5)).all())
     assert float(found[2].sum()) < 0.95 * float(found[0].sum())

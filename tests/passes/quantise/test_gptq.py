@@ -98,7 +98,7 @@ def nearest_codes(values: Tensor, scale: Tensor, kind: str) -> Tensor:
 
 def rounded(step: Gptq, weight: Tensor, gram: Tensor, fmt: Format) -> Rounded:
     with Workers(1) as workers:
-        prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers)
+        prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers, fmt)
     return step.quantise(weight, fmt, prepared)
 
 
@@ -124,6 +124,32 @@ def test_mixed_columns_have_scales_of_their_own_kind() -> None:
     assert set(got.codes[:, 64:].unique().tolist()) == {-1, 1}
     assert got.codes[:, :64].unique().numel() > 4
     assert loss(weight - dequantise(got, fmt), gram) < loss(weight - dequantise(round_matrix(weight, fmt), fmt), gram)
+
+
+def test_stages_are_gptq_twice_signs_first() -> None:
+    """Against both stages written out: int4 throughout, then signs by rising activations, then the int4 columns."""
+    fmt, weight, gram = Format.parse("mixed-g32-c64"), random(9, 160), covariance(160)
+    got = rounded(Gptq(format=str(fmt), staged=True), weight, gram, fmt)
+    buffer = dequantise(rounded(Gptq(format="int4-g32"), weight, gram, Format.parse("int4-g32")), Format("int4", 32))
+    order = sorted(range(64, 160), key=lambda column: (float(gram[column, column]), column)) + list(range(64))
+    damped = gram + 0.01 * float(gram.diagonal().mean()) * torch.eye(160, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order])).t()
+    scales = round_matrix(buffer, fmt).scale
+    assert torch.equal(got.scale, scales)
+    left, different = buffer.double()[:, order], 0
+    for at, column in enumerate(order):
+        scale = scales[:, column // 32].double()
+        kind = "int4" if column < 64 else "sign"
+        code = nearest_codes(left[:, at].float(), scale.float(), kind).double()
+        different += int((got.codes[:, column] != code).sum())
+        # From where it is, whichever of two near codes it took.
+        lost = (left[:, at] - got.codes[:, column].double() * scale) / factor[at, at]
+        left[:, at:] -= torch.outer(lost, factor[at, at:])
+    assert different <= 2
+    # Formats that are not mixed have one stage.
+    fmt = Format.parse("int2-g32")
+    one, two = (rounded(Gptq(format=str(fmt), staged=staged), weight, gram, fmt) for staged in (False, True))
+    assert torch.equal(one.codes, two.codes)
 
 
 def test_it_lies_between_the_best_codes_and_the_nearest_ones() -> None:
@@ -153,7 +179,7 @@ def test_uncorrelated_columns_are_rounded_to_nearest() -> None:
 def test_the_rows_do_not_see_each_other() -> None:
     fmt, weight, gram = Format.parse("int3-g64"), random(40, 128), covariance(128)
     with Workers(1) as workers:
-        factor = Gptq(act_order=False).prepare(OwnEvidence(gram=gram.clone()), workers)
+        factor = Gptq(act_order=False).prepare(OwnEvidence(gram=gram.clone()), workers, fmt)
     whole = compensate(weight, fmt, factor, "mse")
     parts = [compensate(part, fmt, factor, "mse") for part in weight.split(16)]
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))

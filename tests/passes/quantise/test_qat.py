@@ -211,7 +211,9 @@ def test_products_of_integers_learn_as_those_of_floats(name: str, monkeypatch: p
     first, after = divergence(exact, before, chunks[33:]), []
     for held in (coded, property(lambda self: False)):
         monkeypatch.setattr(LatentMatrix, "is_coded", held)
-        learned = Qat(epochs=4, lr=0.005, scale_lr=0.005, batch=2, activation_bits=8).run(before, PassContext(texts(exact)))
+        learned = Qat(epochs=4, lr=0.005, scale_lr=0.005, batch=2, activation_bits=8).run(
+            before, PassContext(texts(exact))
+        )
         after.append(divergence(exact, learned.program, chunks[33:]))
     assert max(after) < 0.97 * first
     # Which of two ways a model as small as this goes hangs on its last bits.

@@ -93,7 +93,7 @@ def test_each_site_is_rounded_as_if_it_stood_alone(correction: str, act_order: b
         if order is not None:
             weight, gram = weight[:, order], gram[order][:, order]
         with Workers(1) as workers:
-            prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers)
+            prepared = step.prepare(OwnEvidence(gram=gram.clone()), workers, packed.format)
             rounded = step.quantise(weight, packed.format, prepared)
         want = pack(packed.format, rounded.codes, rounded.scale)
         assert packed.scale is not None and want.scale is not None
