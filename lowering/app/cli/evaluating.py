@@ -47,6 +47,24 @@ def evaluate(
     window: options.Window = None,
     stride: options.Stride = None,
     limit: options.TaskLimit = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=options.MOST,
+            help="Go on from prompts greedily, by so many tokens, and say how much that repeats.",
+            metavar="TOKENS",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts for --samples, one a line; by default eight that come with hikui.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     layers: Annotated[
         bool, typer.Option("--layers", help="Show the error of each linear site; needs --recipe.")
     ] = False,
@@ -67,14 +85,16 @@ def evaluate(
     emulate: options.Emulate = False,
 ) -> None:
     """Measure quality, size and speed on a text, or zero-shot tasks."""
-    _refuse_idle(text, tasks, against, window, stride, limit, layers, recipe)
+    _refuse_idle(text, tasks, samples, prompts, against, window, stride, limit, layers, recipe)
     from hikui.lowering.app.notices import text_notices
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.app.runnable_model import context_length, open_runnable_model
     from hikui.lowering.artefact.text import read_text
     from hikui.lowering.evaluation import harness, protocols
     from hikui.lowering.evaluation import quality as evaluation
+    from hikui.lowering.evaluation.samples import read_prompts
 
+    asked = read_prompts(prompts) if samples is not None else []
     content = read_text(text) if text is not None else ""
     files = harness.read_tasks([name for name in tasks.split(",") if name]) if tasks is not None else []
     request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code)
@@ -135,6 +155,9 @@ def evaluate(
                 progress=step,
             )
         report["tasks"] = _tasks(scores)
+    if samples is not None:
+        with progress() as step:
+            report["samples"] = _samples(runnable, asked, samples, step)
     if layers:
         with progress() as step:
             report["layers"] = _layers(runnable, excerpts[: None if documents else LAYER_TEXTS], step)
@@ -148,6 +171,8 @@ def evaluate(
 def _refuse_idle(
     text: Path | None,
     tasks: str | None,
+    samples: int | None,
+    prompts: Path | None,
     against: str | None,
     window: int | None,
     stride: int | None,
@@ -158,8 +183,8 @@ def _refuse_idle(
     """Refuses options that would have no effect."""
     from hikui.lowering.errors import UsageError
 
-    if text is None and tasks is None:
-        raise UsageError("There is nothing to measure; give --text FILE, --tasks FILES, or both.")
+    if text is None and tasks is None and samples is None:
+        raise UsageError("There is nothing to measure; give --text FILE, --tasks FILES, --samples TOKENS, or several.")
     for name, given, needed, there in (
         ("--against", against is not None, "--text", text is not None),
         ("--window", window is not None, "--text", text is not None),
@@ -167,6 +192,7 @@ def _refuse_idle(
         ("--layers", layers, "--recipe", recipe is not None),
         ("--stride", stride is not None, "--window", window is not None),
         ("--limit", limit is not None, "--tasks", tasks is not None),
+        ("--prompts", prompts is not None, "--samples", samples is not None),
     ):
         if given and not there:
             raise UsageError(f"{name} has no effect without {needed}; give that too.")
@@ -235,6 +261,17 @@ def _tasks(scores: "HarnessReport") -> dict[str, object]:
     }
 
 
+def _samples(runnable: "RunnableModel", prompts: list[str], tokens: int, step: "Progress") -> dict[str, object]:
+    from hikui.lowering.evaluation.samples import continuations
+
+    found = continuations(runnable.runner, runnable.codec, prompts, tokens, stop=runnable.eos, progress=step)
+    return {
+        "repeated": sum(sample.repeated for sample in found) / len(found),
+        "loops": sum(sample.loop_from is not None for sample in found),
+        "texts": [asdict(sample) for sample in found],
+    }
+
+
 def _layers(runnable: "RunnableModel", excerpts: "list[Excerpt]", step: "Progress") -> dict[str, object]:
     from hikui.lowering.engine.workers import Workers
     from hikui.lowering.errors import HikuiError
@@ -260,6 +297,11 @@ def _show(content: dict[str, object], indent: str = "") -> None:
         if isinstance(value, dict):
             typer.echo(f"{indent}{key}:")
             _show(value, indent + "  ")
+        elif key == "texts":
+            assert isinstance(value, list)
+            for sample in value:
+                loops = "" if sample["loop_from"] is None else f", loops from token {sample['loop_from']}"
+                typer.echo(f"{indent}repeated {sample['repeated']:.3f}{loops}:\n{sample['prompt']}{sample['text']}\n")
         elif isinstance(value, list | tuple):
             typer.echo(f"{indent}{key}:")
             _show_rows(value)

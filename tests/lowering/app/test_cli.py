@@ -189,11 +189,25 @@ def test_eval_of_tasks(hikui_command: Command, tiny: Path, tmp_path: Path) -> No
     assert "ends.jsonl:1: this row has 'question'" in err
 
 
+def test_eval_lets_a_model_go_on_by_itself(hikui_command: Command, tiny: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The fox\nOnce\n")
+    status, out, err = hikui_command("eval", tiny, "--samples", 6, "--prompts", prompts, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)["samples"]
+    assert [text["prompt"] for text in found["texts"]] == ["The fox", "Once"]
+    assert all(text["tokens"] <= 6 for text in found["texts"])
+    assert found["loops"] == sum(text["loop_from"] is not None for text in found["texts"])
+    status, out, _ = hikui_command("eval", tiny, "--samples", 6, "--prompts", prompts)
+    assert status == 0 and "repeated 0." in out and "\nThe fox" in out
+
+
 def test_eval_refuses_what_would_have_no_effect(hikui_command: Command, tiny: Path, stories: Path) -> None:
     text = ("--text", stories)
     for options, words in (
         ((), "There is nothing to measure"),
         ((*text, "--stride", 4), "--stride has no effect without --window"),
+        ((*text, "--prompts", stories), "--prompts has no effect without --samples"),
         ((*text, "--limit", 4), "--limit has no effect without --tasks"),
         ((*text, "--layers"), "--layers has no effect without --recipe"),
         ((*text, "--window", 9, "--stride", 10), "would skip tokens"),
