@@ -75,7 +75,7 @@ def _rounded(matrix: Tensor, along: int) -> tuple[Tensor, Tensor]:
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """The product of int8 matrices: int32, or exact in float32 where the processor's own would saturate.
+    """The product of int8 matrices: int32, or where the processor's own would saturate float32, exact up to 2²⁴.
 
     Args:
         a: int8 [m, k].
