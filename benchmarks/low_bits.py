@@ -52,12 +52,16 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         f"{name}-qep": [{"qep": {"skip": HEAD}}, {"gptq": {"sweeps": 1, "format": name}}]
         for name in ("int4-g128", "int3-g128", "int2-g128", "int2-channel", "sign-g128")
     }
+    learned: dict[str, Passes] = {
+        f"{name}-qat": [{"gptq": {"sweeps": 1, "format": name}}, QAT] for name in ("int2-channel", "ternary-channel")
+    }
     columns: dict[str, Passes] = {
         f"columns-{by}": [mixed(by), GPTQ] for by in ("output", "pbar", "obs", "activation", "weight", "random")
     }
     return {
         **uniform,
         **columns,
+        **learned,
         "columns-pbar-staged": [mixed("pbar"), STAGED],
         "columns-random-staged": [mixed("random"), STAGED],
         "columns-pbar-float": [mixed("pbar"), FLOAT],
