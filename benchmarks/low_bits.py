@@ -52,16 +52,21 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         f"{name}-qep": [{"qep": {"skip": HEAD}}, {"gptq": {"sweeps": 1, "format": name}}]
         for name in ("int4-g128", "int3-g128", "int2-g128", "int2-channel", "sign-g128")
     }
-    learned: dict[str, Passes] = {
-        f"{name}-qat": [{"gptq": {"sweeps": 1, "format": name}}, QAT] for name in ("int2-channel", "ternary-channel")
-    }
+    channels: dict[str, Passes] = {}
+    for name in ("int2-channel", "ternary-channel"):
+        rounds: Mapping[str, Mapping[str, object]] = {"gptq": {"sweeps": 1, "format": name}}
+        channels |= {
+            name: [rounds],
+            f"{name}-qat": [rounds, QAT],
+            f"{name}-qep-qat": [{"qep": {"skip": HEAD}}, rounds, QAT],
+        }
     columns: dict[str, Passes] = {
         f"columns-{by}": [mixed(by), GPTQ] for by in ("output", "pbar", "obs", "activation", "weight", "random")
     }
     return {
         **uniform,
         **columns,
-        **learned,
+        **channels,
         "columns-pbar-staged": [mixed("pbar"), STAGED],
         "columns-random-staged": [mixed("random"), STAGED],
         "columns-pbar-float": [mixed("pbar"), FLOAT],
@@ -78,6 +83,7 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         "columns-random-qat": [mixed("random"), GPTQ, QAT],
         "sites-trial-distil": [*assigned("trial"), GPTQ, DISTIL],
         "sites-trial-qat": [*assigned("trial"), GPTQ, QAT],
+        "sites-trial-qep-qat": [*assigned("trial"), {"qep": {"skip": HEAD}}, GPTQ, QAT],
     }
 
 
