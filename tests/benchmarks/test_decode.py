@@ -3,7 +3,6 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-
 from benchmarks.decode import Row, decode, quartiles, table
 
 
