@@ -90,6 +90,8 @@ def main() -> None:
             # The first round brings the weights into memory.
             if number:
                 place.append(spent)
+    for runner in runners:
+        runner.close()
     rows = [
         Row(
             path.name,

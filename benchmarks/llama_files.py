@@ -31,9 +31,9 @@ from hikui.passes.graph import sites
 
 TYPES = {
     "Q2_K": 10, "Q3_K_S": 11, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ2_S": 28, "IQ1_M": 31,
-    "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41,
+    "TQ1_0": 36, "TQ2_0": 37,
 }  # fmt: skip
-"""llama.cpp's numbers of its types (`llama_ftype`)."""
+"""llama.cpp's numbers of its types (`llama_ftype`), of those that hikui reads."""
 
 
 class _Importance(ctypes.Structure):

@@ -1,17 +1,17 @@
 """Gives sites a format of two parts: the columns that matter in int4, all others as signs (after Squeeze10)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import GROUPS, MIXED, Format
-from hikui.lowering.ir.program import COLUMNS, FORMAT, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import COLUMNS, FORMAT, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape, selected, sites
 from hikui.passes.precision.candidates import tied_nbytes
-from hikui.passes.quantise.columns import require_mixable
+from hikui.passes.quantise.columns import BY_OUTPUT, Criterion, require_mixable
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Mixed(Pass):
     name: ClassVar[str] = "mixed"
     share: float = 0.15
     group: int = 128
-    by: Literal["output", "pbar", "obs", "activation", "weight", "random"] = "output"
+    by: Criterion = BY_OUTPUT
     seed: int = 0
     sites: str = ""
     skip: str = ""
@@ -53,12 +53,7 @@ class Mixed(Pass):
         if not sites(program):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
         for node in self._chosen(program):
-            require_mixable([node], self._format(node))
-            if self.by == "obs" and "gram" not in node.meta[STATISTICS]:
-                raise HikuiError(
-                    f"Site {node.meta[SITE]} has no Gram matrix, which mixed{{by=obs}} chooses columns by; run "
-                    "`calibrate{gram=true}` first."
-                )
+            require_mixable([node], self._format(node), self.by)
 
     def _chosen(self, program: Program) -> list[fx.Node]:
         return [node for node in selected(float_sites(program), self.sites, self.skip) if FORMAT not in node.meta]
@@ -90,7 +85,7 @@ class Mixed(Pass):
             counts[str(fmt)] = counts.get(str(fmt), 0) + len(members)
             for node in members:
                 node.meta[FORMAT] = str(fmt)
-                if self.by != "output":
+                if self.by != BY_OUTPUT:
                     node.meta[COLUMNS] = f"random/{self.seed}" if self.by == "random" else self.by
         notes = [f"{8 * nbytes / weights:.3f} true bits per weight over these sites"]
         return PassResult(work, True, notes + [f"{name}: {counts[name]} sites" for name in sorted(counts)])

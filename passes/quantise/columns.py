@@ -5,6 +5,7 @@ consumes the gathered activation sees matrices with their columns permuted alike
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Literal
 from zlib import crc32
 
 import torch
@@ -16,8 +17,11 @@ from hikui.lowering.ir.program import COLUMNS, GROUP, SITE, STATISTICS, Program
 from hikui.passes.graph import aten, insert, is_measured, matrix_shape, weight_of
 from hikui.passes.matrices import load_finite, row_parts
 
-CRITERIA = ("output", "pbar", "obs", "activation", "weight", "random")
+Criterion = Literal["output", "pbar", "obs", "activation", "weight", "random"]
 """What columns may be chosen by; `Mixed` says what each is."""
+
+BY_OUTPUT: Criterion = "output"
+"""What they are chosen by where nothing is said."""
 
 _DAMPING = 0.01
 """Of the Gram matrix before it is inverted, over the mean of its diagonal, as in `gptq`."""
@@ -42,7 +46,7 @@ def mixed_order(program: Program, tied: Sequence[fx.Node], fmt: Format) -> Tenso
     """
     require_mixable(tied, fmt)
     _, k = matrix_shape(tied[0])
-    counts = _counts(program, tied, str(tied[0].meta.get(COLUMNS, CRITERIA[0])))
+    counts = _counts(program, tied, str(tied[0].meta.get(COLUMNS, BY_OUTPUT)))
     assert fmt.columns is not None, "the format is mixed"
     ranked = torch.sort(counts, descending=True, stable=True).indices
     chosen = torch.zeros(k, dtype=torch.bool)
@@ -75,8 +79,14 @@ def _counts(program: Program, tied: Sequence[fx.Node], criterion: str) -> Tensor
     return squares * program.store.load(statistics["mean_square"]).double()
 
 
-def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
-    """Raises HikuiError where a site is too narrow for a mixed format, or its columns cannot be chosen."""
+def require_mixable(nodes: Sequence[fx.Node], fmt: Format, by: Criterion | None = None) -> None:
+    """Raises HikuiError where a site is too narrow for a mixed format, or its columns cannot be chosen.
+
+    Args:
+        nodes: the sites.
+        fmt: a `mixed` format, or another, which is not looked at.
+        by: what columns will be chosen by; None for what `mixed` has marked the sites with.
+    """
     for node in nodes:
         site, (_, k) = node.meta[SITE], matrix_shape(node)
         if fmt.columns is not None and fmt.columns > k:
@@ -85,7 +95,7 @@ def require_mixable(nodes: Sequence[fx.Node], fmt: Format) -> None:
             raise HikuiError(
                 f"Site {site} has no statistics to choose the int4 columns of {fmt} by; run `calibrate` first."
             )
-        if node.meta.get(COLUMNS) == "obs" and "gram" not in node.meta[STATISTICS]:
+        if (by or node.meta.get(COLUMNS)) == "obs" and "gram" not in node.meta[STATISTICS]:
             raise HikuiError(
                 f"Site {site} has no Gram matrix, which 'obs' chooses the int4 columns of {fmt} by; run "
                 "`calibrate{gram=true}` first."

@@ -101,7 +101,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64)
-        slope = torch.empty_like(given) if ctx.needs_input_grad[0] else None
+        slope = torch.empty(given.shape) if ctx.needs_input_grad[0] else None
         # So many rows at a time that all that is made of them stays in the cache.
         count = max(1, _IN_CACHE // given.shape[-1])
         rows = [each.flatten(0, -2).split(count) for each in (given, wanted)]
