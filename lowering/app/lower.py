@@ -262,8 +262,8 @@ def lower(
         target: a target's name (`hikui targets`), or `host`.
         backend: `tvm` or `onnxruntime`.
         execution: how the work is done.
-        **options: `recipe`, `calibration`, `context`, `target_bpw`, `target_size`, `tokenizer`, `trust_remote_code`, as
-            in `Request`.
+        **options: `recipe`, `calibration`, `context`, `target_bpw`, `target_size`, `target_latency`, `speeds`,
+            `tokenizer`, `trust_remote_code`, as in `Request`.
 
     Raises:
         HikuiError: one sentence that says what is wrong and the way out.

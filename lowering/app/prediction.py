@@ -1,5 +1,6 @@
 """What an artefact will be, before it is made: `hikui lower --dry-run`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,11 @@ from torch import fx
 
 from hikui.lowering.app.lower import make_backend, prepare, resume_folder, tokenizer_nbytes
 from hikui.lowering.app.request import Execution, Request, available_passes
+from hikui.lowering.app.speeds import read_speeds
 from hikui.lowering.artefact.manifest import MANIFEST
 from hikui.lowering.artefact.staging import StagedFolder
 from hikui.lowering.artefact.target import resolve
+from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.program import BLOCK, FORMAT, SENSITIVITY, Program
@@ -32,6 +35,8 @@ class Prediction:
         artefact_bytes: with runtime, program and tokenizer; about.
         cost: the sum of what sites cost, by the measure of the recipe, as if they did not touch each other.
         formats: how many sites have each format.
+        milliseconds: what the products of a token take on one thread of the machine whose speeds were given, of sites
+            in blocks and of all; None without speeds.
     """
 
     block_bpw: float
@@ -39,6 +44,7 @@ class Prediction:
     artefact_bytes: int
     cost: float
     formats: dict[str, int]
+    milliseconds: tuple[float, float] | None = None
 
 
 def predict(
@@ -81,6 +87,7 @@ def predict(
             every + beside + tokenizer_nbytes(program),
             sum(float(node.meta.get(SENSITIVITY, {}).get(node.meta[FORMAT], 0.0)) for node in sites),
             dict(sorted(counts.items())),
+            None if request.speeds is None else _milliseconds(sites, prepared.program, request.speeds),
         )
 
 
@@ -90,6 +97,25 @@ def _tied_nbytes(sites: list[fx.Node]) -> int:
         tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], [matrix_shape(node) for node in members])
         for members in groups(sites).values()
     )
+
+
+def _milliseconds(sites: list[fx.Node], program: Program, path: str | Path) -> tuple[float, float]:
+    """Of sites in blocks and of all, those that are packed already among them.
+
+    Raises:
+        UsageError: a site has a format of which nothing was measured.
+    """
+    speeds = read_speeds(path)
+    every = [(Format.parse(node.meta[FORMAT]), matrix_shape(node), BLOCK in node.meta) for node in sites]
+    every += [
+        (Format.parse(site.format), (site.out_features, site.in_features), site.in_block)
+        for site in sizes.measure(program).sites
+        if site.format != "float32"
+    ]
+    if unknown := speeds.lacks(fmt for fmt, _, _ in every):
+        raise UsageError(f"{path} says nothing of {unknown[0]}, which sites have; leave out --speeds, or measure it.")
+    times = [(speeds.picoseconds(fmt, *shape) / 1e9, inside) for fmt, shape, inside in every]
+    return math.fsum(time for time, inside in times if inside), math.fsum(time for time, _ in times)
 
 
 def _format_all(program: Program, rest: list[Pass]) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
+from hikui.lowering.app.speeds import read_speeds
 from hikui.lowering.engine.jobs import Jobs
 from hikui.lowering.errors import UsageError
 from hikui.lowering.ir.program import Program
@@ -29,6 +30,8 @@ class RequestOptions(TypedDict, total=False):
     context: int | None
     target_bpw: float | None
     target_size: float | None
+    target_latency: float | None
+    speeds: str | Path | None
     tokenizer: str | Path | None
     trust_remote_code: bool
 
@@ -46,6 +49,8 @@ class Request:
         context: context length; by default the model's own, at most 2048.
         target_bpw: budget in bits per weight for the pass of the recipe that keeps to one.
         target_size: budget in megabytes (10⁶ bytes) of the whole artefact, for the same pass.
+        target_latency: budget in milliseconds that the products of a token take on one thread, for the same pass.
+        speeds: what `hikui bench --json` has written on the machine that `target_latency`, or a prediction, is for.
         tokenizer: folder with a tokenizer, instead of the model's own.
         trust_remote_code: run Python files that come with the model, the tokenizer or a task; otherwise what needs them
             is refused.
@@ -59,10 +64,19 @@ class Request:
     tokenizer: str | Path | None = None
     trust_remote_code: bool = False
     target_size: float | None = None
+    target_latency: float | None = None
+    speeds: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.target_bpw is not None and self.target_size is not None:
-            raise UsageError("A budget is either of bits per weight or of a size; leave out target_bpw or target_size.")
+        budgets = ("target_bpw", "target_size", "target_latency")
+        given = [name for name in budgets if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"A budget is of one thing; leave out {' or '.join(given)}.")
+        if self.target_latency is not None and self.speeds is None:
+            raise UsageError(
+                "A budget in milliseconds needs the machine's speeds; run `hikui bench --json` on it and give the file "
+                "with --speeds."
+            )
 
     @property
     def name(self) -> str:
@@ -132,6 +146,8 @@ class Request:
         if self.recipe is None:
             raise UsageError(f"{self.name} is to be lowered, and no recipe says how; name one.")
         chosen = load_recipe(self.recipe, self.target_bpw)
+        if self.target_latency is not None and self.speeds is not None:
+            return chosen.with_latency(self.target_latency, str(read_speeds(self.speeds)), available_passes())
         if self.target_size is None:
             return chosen
         left = self.target_size - beside / 1e6

@@ -114,6 +114,8 @@ class Pass(metaclass=_Checked):
         evens_columns: whether it makes the columns of activations more alike, so that rounding leaves more of each.
         budget: the option that holds a budget in bits per weight, or empty.
         size_budget: the option that holds one in megabytes of all weights, or empty.
+        latency_budget: the option that holds one in milliseconds of a token's products, or empty; it has an option
+            `speeds` too.
     """
 
     name: ClassVar[str]
@@ -122,6 +124,7 @@ class Pass(metaclass=_Checked):
     evens_columns: ClassVar[bool] = False
     budget: ClassVar[str] = ""
     size_budget: ClassVar[str] = ""
+    latency_budget: ClassVar[str] = ""
 
     def requires(self, program: Program) -> None:
         """Checks that the program can be taken.

@@ -141,18 +141,7 @@ class Recipe(BaseModel):
         Raises:
             UsageError: none of its passes keeps to a budget.
         """
-        keepers = {step.name: kind.budget for step in self.passes if (kind := available.get(step.name)) and kind.budget}
-        if not keepers:
-            able = " or ".join(sorted(kind.name for kind in available.values() if kind.budget))
-            raise UsageError(
-                f"Recipe {self.name} has no pass {able}, so target_bpw={target_bpw:g} has no effect; choose a recipe "
-                "that has it."
-            )
-        options = {name: {option: target_bpw} for name, option in keepers.items()}
-        for name in options:
-            if size := available[name].size_budget:
-                options[name][size] = 0.0
-        return self.with_options(options)
+        return self._with("budget", target_bpw, f"target_bpw={target_bpw:g} has no effect; choose", available)
 
     def with_size(self, megabytes: float, available: Passes) -> "Recipe":
         """The recipe with a budget in megabytes (10⁶ bytes) of all weights.
@@ -160,18 +149,35 @@ class Recipe(BaseModel):
         Raises:
             UsageError: none of its passes keeps to one.
         """
-        keepers = {
-            step.name: kind.size_budget
-            for step in self.passes
-            if (kind := available.get(step.name)) and kind.size_budget
-        }
+        return self._with("size_budget", megabytes, "a size has no effect on it; choose", available)
+
+    def with_latency(self, milliseconds: float, speeds: str, available: Passes) -> "Recipe":
+        """The recipe with a budget of what the products of a token take.
+
+        Args:
+            milliseconds: on one thread.
+            speeds: of each kind of weights, in 10⁹ weights a second, such as `int4=14.2|sign=40`.
+            available: the passes that a recipe may name.
+
+        Raises:
+            UsageError: none of its passes keeps to one.
+        """
+        timed = self._with("latency_budget", milliseconds, "a latency has no effect on it; choose", available)
+        keepers = {step.name for step in self.passes if _option(available, step.name, "latency_budget")}
+        return timed.with_options({name: {"speeds": speeds} for name in keepers})
+
+    def _with(self, kept: str, value: float, otherwise: str, available: Passes) -> "Recipe":
+        """With one budget, in the option that a pass names as `kept`, in the place of any other."""
+        keepers = [step.name for step in self.passes if _option(available, step.name, kept)]
         if not keepers:
-            able = " or ".join(sorted(kind.name for kind in available.values() if kind.size_budget))
-            raise UsageError(
-                f"Recipe {self.name} has no pass {able}, so a size has no effect on it; choose a recipe that has it, "
-                "such as size-60mb."
-            )
-        return self.with_options({name: {option: megabytes} for name, option in keepers.items()})
+            able = " or ".join(sorted(name for name in available if _option(available, name, kept)))
+            raise UsageError(f"Recipe {self.name} has no pass {able}, so {otherwise} a recipe that has it.")
+        others = {"size_budget", "latency_budget"} - {kept}
+        options: dict[str, dict[str, object]] = {}
+        for name in keepers:
+            options[name] = {option: 0.0 for other in sorted(others) if (option := _option(available, name, other))}
+            options[name][_option(available, name, kept)] = value
+        return self.with_options(options)
 
     def resolved(self, available: Passes) -> str:
         """The recipe as YAML, overrides as passes, every option spelled out; it reads back as the same passes."""
@@ -288,6 +294,11 @@ def _say(error: Mapping[str, Any]) -> str:
 
 def _keys(model: type[BaseModel]) -> list[str]:
     return [str(field.validation_alias or name) for name, field in model.model_fields.items()]
+
+
+def _option(available: Passes, name: str, budget: str) -> str:
+    """The option of a pass that holds a budget, by the attribute of its class that names it; empty without one."""
+    return str(getattr(available.get(name, Pass), budget))
 
 
 def _list(options: Mapping[str, object]) -> str:

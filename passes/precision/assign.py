@@ -15,7 +15,11 @@ from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
+from hikui.passes.precision.latency import Speeds
 from hikui.passes.precision.rest import rest_nbytes
+
+_PICOSECONDS = 10**9
+"""In a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,16 @@ class Assign(Pass):
         target_size: a budget in megabytes (10⁶ bytes) in the place of `target_bpw`, of all weights: also of tables,
             norms, and sites that have their format; 0 for none.
         tables: the format that `embedding` will give to tables that no head shares; for `target_size`.
+        target_latency: a budget in milliseconds in the place of `target_bpw`, of what the products of these sites take
+            for one token on one thread; 0 for none.
+        speeds: of each kind of weights on the machine it is for, in 10⁹ weights a second (`int4=14.2|sign=40`), as
+            `hikui bench` measures them; for `target_latency`.
     """
 
     name: ClassVar[str] = "assign"
     budget: ClassVar[str] = "target_bpw"
     size_budget: ClassVar[str] = "target_size"
+    latency_budget: ClassVar[str] = "target_latency"
     target_bpw: float = 5.5
     formats: str = "int4-g64|int8-g64"
     mode: Literal["optimal", "random", "uniform"] = "optimal"
@@ -49,8 +58,22 @@ class Assign(Pass):
     over: Literal["all", "blocks"] = "all"
     target_size: float = 0.0
     tables: str = "int8-channel"
+    target_latency: float = 0.0
+    speeds: str = ""
 
     def __post_init__(self) -> None:
+        speeds = Speeds.parse(self.speeds)
+        if self.target_latency < 0:
+            raise UsageError(
+                f"assign cannot keep to {self.target_latency:g} ms; target_latency is above 0, or 0 for none."
+            )
+        if self.target_latency and self.target_size:
+            raise UsageError("assign keeps to one budget; leave out target_size or target_latency.")
+        if self.target_latency and (unknown := speeds.lacks(self._listed())):
+            raise UsageError(
+                f"assign cannot keep to {self.target_latency:g} ms, for speeds says nothing of {unknown[0]}; add what "
+                "`hikui bench` measures, or leave its formats out."
+            )
         if self.target_size < 0:
             raise UsageError(f"assign cannot keep to {self.target_size:g} MB; target_size is above 0, or 0 for none.")
         Format.parse(self.tables)
@@ -118,24 +141,40 @@ class Assign(Pass):
                     Candidates(
                         sites=tuple(node.meta[SITE] for node in tied),
                         formats=tuple(formats),
-                        nbytes=tuple(tied_nbytes([Format.parse(name)] * len(shapes), shapes) for name in formats),
+                        spent=tuple(self._spent([Format.parse(name)] * len(shapes), shapes) for name in formats),
                         costs=tuple(math.fsum(of_members) for of_members in costs),
                         weights=sum(n * k for n, k in shapes),
                     )
                 )
         return out
 
-    def _names(self) -> list[str]:
+    def _listed(self) -> list[Format]:
         """The candidates."""
-        listed = parse_formats(self.formats) if self.mode != "uniform" else [Format.parse(self.format)]
-        return [str(fmt) for fmt in listed]
+        return parse_formats(self.formats) if self.mode != "uniform" else [Format.parse(self.format)]
+
+    def _names(self) -> list[str]:
+        return [str(fmt) for fmt in self._listed()]
+
+    def _spent(self, formats: Sequence[Format], shapes: Sequence[tuple[int, int]]) -> int:
+        """What tied sites take of the budget, in its unit: bytes, or picoseconds."""
+        if not self.target_latency:
+            return tied_nbytes(formats, shapes)
+        speeds = Speeds.parse(self.speeds)
+        if unknown := speeds.lacks(formats):
+            raise HikuiError(
+                f"An `override` asks for {unknown[0]}, of which assign's speeds say nothing; add what `hikui bench` "
+                "measures, or take another format."
+            )
+        return sum(speeds.picoseconds(fmt, *shape) for fmt, shape in zip(formats, shapes, strict=True))
 
     def _ties(self) -> bool:
         """Whether sites that read one activation must have one format."""
         return any(Format.parse(name).is_mixed for name in self._names())
 
     def _budget(self, program: Program, weights: int) -> int:
-        """Bytes for the chosen sites, which have so many weights."""
+        """For the chosen sites, which have so many weights, in the unit of `_spent`."""
+        if self.target_latency:
+            return math.floor(self.target_latency * _PICOSECONDS)
         if self.target_size:
             rest = rest_nbytes(program, self.chosen(program), Format.parse(self.tables))
             return math.floor(self.target_size * 1e6) - rest
@@ -145,7 +184,13 @@ class Assign(Pass):
         if self.mode == "uniform":
             return [0] * len(choices)
         weights = sum(choice.weights for choice in choices)
-        least = sum(choice.nbytes[pick] for choice, pick in zip(choices, cheapest(choices), strict=True))
+        least = sum(choice.spent[pick] for choice, pick in zip(choices, cheapest(choices), strict=True))
+        if least > budget and self.target_latency:
+            shortest = math.ceil(least / _PICOSECONDS * 1000) / 1000
+            raise HikuiError(
+                f"A budget of {self.target_latency:g} ms cannot be met: with {self.formats} the products of a token "
+                f"take at least {shortest:.3f} ms; raise target_latency or add a faster format."
+            )
         if least > budget and self.target_size:
             smallest = math.ceil((self.target_size * 1e6 + least - budget) / 1e4) / 100
             raise HikuiError(
@@ -163,9 +208,12 @@ class Assign(Pass):
         return solve(choices, budget)
 
     def _notes(self, choices: Sequence[Candidates], picks: Sequence[int]) -> list[str]:
-        taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
+        taken = sum(choice.spent[pick] for choice, pick in zip(choices, picks, strict=True))
         weights = sum(choice.weights for choice in choices)
-        notes = [f"{8 * taken / weights:.3f} true bits per weight ({self.mode})"]
+        if self.target_latency:
+            notes = [f"{taken / _PICOSECONDS:.3f} ms for the products of a token, as reckoned ({self.mode})"]
+        else:
+            notes = [f"{8 * taken / weights:.3f} true bits per weight ({self.mode})"]
         counts: dict[str, int] = {}
         for choice, pick in zip(choices, picks, strict=True):
             counts[choice.formats[pick]] = counts.get(choice.formats[pick], 0) + len(choice.sites)
@@ -173,15 +221,14 @@ class Assign(Pass):
 
     def ensures(self, program: Program) -> None:
         """Every site has a format, sites that must be alike the same one, and the budget holds."""
-        nbytes = weights = 0
+        spent = weights = 0
         for members in groups(self.chosen(program)).values():
             if any(FORMAT not in node.meta for node in members):
                 raise VerificationError(f"Site {members[0].meta[SITE]} or one tied to it has no format.")
             if self._ties() and len({node.meta[FORMAT] for node in members if FIXED not in node.meta}) > 1:
                 raise VerificationError(f"Site {members[0].meta[SITE]} and those tied to it have different formats.")
             shapes = [matrix_shape(node) for node in members]
-            nbytes += tied_nbytes([Format.parse(node.meta[FORMAT]) for node in members], shapes)
+            spent += self._spent([Format.parse(node.meta[FORMAT]) for node in members], shapes)
             weights += sum(n * k for n, k in shapes)
-        if self.mode != "uniform" and nbytes > self._budget(program, weights):
-            budget = f"{self.target_size} MB" if self.target_size else f"{self.target_bpw} bits per weight"
-            raise VerificationError(f"{8 * nbytes / weights:.4f} bits per weight are above the budget of {budget}.")
+        if self.mode != "uniform" and spent > self._budget(program, weights):
+            raise VerificationError(f"The formats take {spent / self._budget(program, weights):.4f} of the budget.")

@@ -1,4 +1,4 @@
-"""Choosing one format for each group of sites so that the bytes fit a budget and the costs are least."""
+"""Choosing one format for each group of sites so that what they take fits a budget and the costs are least."""
 
 import ctypes
 import os
@@ -19,35 +19,35 @@ class Candidates:
 
     Attributes:
         sites: their names.
-        formats, nbytes, costs: the candidates, what the group takes in each, and what it loses.
+        formats, spent, costs: the candidates, what the group takes in each of the budget, and what it loses.
         weights: how many weights the group has.
     """
 
     sites: tuple[str, ...]
     formats: tuple[str, ...]
-    nbytes: tuple[int, ...]
+    spent: tuple[int, ...]
     costs: tuple[float, ...]
     weights: int
 
 
 def cheapest(choices: Sequence[Candidates]) -> list[int]:
-    """The pick with the fewest bytes for each choice; of equal ones the one with the least cost, then the first."""
+    """The pick that takes the least for each choice; of equal ones the one with the least cost, then the first."""
     return [_cheapest(choice) for choice in choices]
 
 
 def _cheapest(choice: Candidates) -> int:
-    return min(range(len(choice.formats)), key=lambda pick: (choice.nbytes[pick], choice.costs[pick], pick))
+    return min(range(len(choice.formats)), key=lambda pick: (choice.spent[pick], choice.costs[pick], pick))
 
 
 def solve(choices: Sequence[Candidates], budget: int) -> list[int]:
-    """The picks with the least sum of costs whose bytes do not pass the budget.
+    """The picks with the least sum of costs that do not pass the budget.
 
     Groups that are alike in every number are interchangeable; the earlier one then gets the larger format, so that the
     answer does not depend on how the solver breaks ties.
 
     Args:
         choices: at least one.
-        budget: in bytes; `cheapest` must fit it.
+        budget: in the unit of `Candidates.spent`; `cheapest` must fit it.
 
     Raises:
         HikuiError: the solver gives up.
@@ -58,7 +58,7 @@ def solve(choices: Sequence[Candidates], budget: int) -> list[int]:
     counts = [len(choice.formats) for choice in choices]
     first = np.cumsum([0, *counts])
     costs = np.array([cost for choice in choices for cost in choice.costs])
-    nbytes = np.array([size for choice in choices for size in choice.nbytes], dtype=np.float64)
+    spent = np.array([size for choice in choices for size in choice.spent], dtype=np.float64)
     # Costs enter as losses over the best format, in units of the largest: the solver's tolerances are absolute.
     losses = np.concatenate([costs[a:b] - costs[a:b].min() for a, b in pairwise(first)])
     losses /= losses.max() or 1.0
@@ -67,7 +67,7 @@ def solve(choices: Sequence[Candidates], budget: int) -> list[int]:
         (np.ones(first[-1]), (rows, np.arange(first[-1]))),
         shape=(len(choices), first[-1]),
     )
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(nbytes[None] / max(budget, 1), -np.inf, 1.0)]
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(spent[None] / max(budget, 1), -np.inf, 1.0)]
     while True:
         with _silent_stdout():
             answer = milp(
@@ -80,9 +80,9 @@ def solve(choices: Sequence[Candidates], budget: int) -> list[int]:
         if answer.x is None:
             raise HikuiError(f"The solver found no assignment within the budget: {answer.message}")
         picks = [int(np.argmax(answer.x[a:b])) for a, b in pairwise(first)]
-        if sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True)) <= budget:
+        if sum(choice.spent[pick] for choice, pick in zip(choices, picks, strict=True)) <= budget:
             return _ordered(choices, picks)
-        # The solver's tolerance let a few bytes too many through: these picks are forbidden together.
+        # The solver's tolerance let a little too much through: these picks are forbidden together.
         row = np.zeros(first[-1])
         row[first[:-1] + np.array(picks)] = 1.0
         constraints.append(LinearConstraint(row[None], -np.inf, len(choices) - 1))
@@ -108,10 +108,10 @@ def _silent_stdout() -> Iterator[None]:
 def _ordered(choices: Sequence[Candidates], picks: Sequence[int]) -> list[int]:
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, choice in enumerate(choices):
-        alike.setdefault((choice.formats, choice.nbytes, choice.costs), []).append(index)
+        alike.setdefault((choice.formats, choice.spent, choice.costs), []).append(index)
     out = list(picks)
     for indices in alike.values():
-        sizes = choices[indices[0]].nbytes
+        sizes = choices[indices[0]].spent
         given = sorted((picks[i] for i in indices), key=lambda pick: (-sizes[pick], pick))
         for index, pick in zip(indices, given, strict=True):
             out[index] = pick
@@ -119,13 +119,13 @@ def _ordered(choices: Sequence[Candidates], picks: Sequence[int]) -> list[int]:
 
 
 def spend_at_random(choices: Sequence[Candidates], budget: int, generator: np.random.Generator) -> list[int]:
-    """Starts with the fewest bytes and raises groups in random order to random larger formats while they fit."""
+    """Starts with the least and raises groups in random order to random larger formats while they fit."""
     picks = cheapest(choices)
-    left = budget - sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
+    left = budget - sum(choice.spent[pick] for choice, pick in zip(choices, picks, strict=True))
     for index in generator.permutation(len(choices)):
         choice, now = choices[index], picks[index]
-        larger = [f for f, size in enumerate(choice.nbytes) if 0 < size - choice.nbytes[now] <= left]
+        larger = [f for f, size in enumerate(choice.spent) if 0 < size - choice.spent[now] <= left]
         if larger:
             picks[index] = larger[int(generator.integers(len(larger)))]
-            left -= choice.nbytes[picks[index]] - choice.nbytes[now]
+            left -= choice.spent[picks[index]] - choice.spent[now]
     return picks

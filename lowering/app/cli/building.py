@@ -25,6 +25,8 @@ def lower(
     context: options.Context = None,
     target_bpw: options.TargetBpw = None,
     target_size: options.TargetSize = None,
+    target_latency: options.TargetLatency = None,
+    speeds: options.Speeds = None,
     tokenizer: options.TokenizerFolder = None,
     trust_remote_code: options.TrustRemoteCode = False,
     dry_run: Annotated[
@@ -48,8 +50,22 @@ def lower(
     from hikui.lowering.app.prediction import predict
     from hikui.lowering.app.request import Execution, Request
     from hikui.lowering.engine.jobs import Jobs
+    from hikui.lowering.errors import UsageError
 
-    request = Request(model, recipe, calibration, context, target_bpw, tokenizer, trust_remote_code, target_size)
+    if speeds is not None and target_latency is None and not dry_run:
+        raise UsageError("--speeds has no effect without --target-latency or --dry-run; leave it out, or give one.")
+    request = Request(
+        model,
+        recipe,
+        calibration,
+        context,
+        target_bpw,
+        tokenizer,
+        trust_remote_code,
+        target_size,
+        target_latency,
+        speeds,
+    )
     with progress() as step:
         execution = Execution(
             resume=not no_resume,
@@ -98,3 +114,6 @@ def _show(predicted: "Prediction", as_json: bool) -> None:
         f"of about {size(predicted.artefact_bytes)}; the costs of its sites add up to {predicted.cost:.4g}"
     )
     typer.echo(", ".join(f"{count} × {name}" for name, count in predicted.formats.items()))
+    if predicted.milliseconds is not None:
+        inside, every = predicted.milliseconds
+        typer.echo(f"the products of a token: about {every:.3g} ms on one thread, {inside:.3g} of them in blocks")

@@ -118,6 +118,24 @@ TargetSize = Annotated[
         show_default=False,
     ),
 ]
+TargetLatency = Annotated[
+    float | None,
+    typer.Option(
+        "--target-latency",
+        callback=above(0),
+        help="Budget of the recipe's `assign` pass, in milliseconds that a token's products take on one thread.",
+        show_default=False,
+    ),
+]
+Speeds = Annotated[
+    Path | None,
+    typer.Option(
+        "--speeds",
+        help="What `hikui bench --json` wrote on the machine it is for, for --target-latency and --dry-run.",
+        metavar="FILE.json",
+        show_default=False,
+    ),
+]
 DumpFolder = Annotated[
     Path | None,
     typer.Option(

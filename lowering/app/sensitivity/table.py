@@ -214,12 +214,12 @@ def front(sites: Sequence[SiteCosts], names: Sequence[str]) -> list[Choice]:
         for tied in alike.values()
     ]
     weights = sum(choice.weights for choice in choices)
-    least, most = (sum(pick(choice.nbytes) for choice in choices) for pick in (min, max))
+    least, most = (sum(pick(choice.spent) for choice in choices) for pick in (min, max))
     out: list[Choice] = []
     for step in range(_STEPS):
         budget = least + (most - least) * step // (_STEPS - 1)
         picks = solve(choices, budget)
-        taken = sum(choice.nbytes[pick] for choice, pick in zip(choices, picks, strict=True))
+        taken = sum(choice.spent[pick] for choice, pick in zip(choices, picks, strict=True))
         cost = sum(choice.costs[pick] for choice, pick in zip(choices, picks, strict=True))
         chosen = [names[pick] for choice, pick in zip(choices, picks, strict=True) for _ in choice.sites]
         counts = {name: chosen.count(name) for name in names if name in chosen}

@@ -310,7 +310,7 @@ def test_an_artefact_of_the_size_asked_for(
         replace(smallest, target_size=0.13), tmp_path / "large", backend=backend, execution=Execution(warn=told.append)
     )
     assert any("more than the 0.13 MB asked for: what is beside the chosen formats" in sentence for sentence in told)
-    with pytest.raises(UsageError, match="A budget is either of bits per weight or of a size"):
+    with pytest.raises(UsageError, match="A budget is of one thing; leave out target_bpw or target_size"):
         Request(tiny, chosen, target_bpw=5.0, target_size=60.0)
     with pytest.raises(UsageError, match="Recipe int4 has no pass assign, so a size has no effect on it"):
         Request(tiny, "int4", target_size=60.0).loaded_recipe()

@@ -1,11 +1,13 @@
 """assign and override: formats under a budget, against brute force."""
 
 import itertools
+import math
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from torch import fx
 
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format
@@ -13,8 +15,9 @@ from hikui.lowering.ir import sizes
 from hikui.lowering.ir.program import FORMAT, GROUP, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Assign, Override
-from hikui.passes.graph import sites
+from hikui.passes.graph import matrix_shape, sites
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
+from hikui.passes.precision.latency import Speeds
 from tests.passes.helpers import assert_settled, calibration, canonical, check, lower
 
 
@@ -186,6 +189,84 @@ def test_a_budget_for_blocks_alone(target: float) -> None:
     assert target - 1 < stored.block_bpw <= target
     with pytest.raises(HikuiError, match="There is no unpacked linear site in a block"):
         lower(lower(program, "rtn{sites=layers}"), "assign{mode=uniform,over=blocks}")
+
+
+_TIMED = "formats=sign-g32|int3-g32|int4-g32|int8-g32"
+_SPEEDS = "int8=4|int4=10|int3=5|sign=20"
+"""Three bits are slower than four here: what takes fewer bytes need not take less time."""
+
+
+def timed(target: float) -> Program:
+    program = canonical("llama")
+    return lower(
+        program,
+        f"calibrate,sensitivity{{{_TIMED}}},assign{{{_TIMED},target_latency={target},speeds={_quoted(_SPEEDS)}}}",
+        calibration(program),
+    )
+
+
+def _quoted(text: str) -> str:
+    return f'"{text}"'
+
+
+def test_a_budget_of_milliseconds_against_every_choice() -> None:
+    """On the four largest sites of a model; the others have their format."""
+    every = timed(1e9)
+    speeds = Speeds.parse(_SPEEDS)
+    nodes = sites(every)
+    assert {node.meta[FORMAT] for node in nodes} == {"int8-g32"}
+    chosen = nodes[:4]
+    fixed = "|".join(node.meta[SITE] for node in nodes[4:])
+    names = _TIMED.removeprefix("formats=").split("|")
+
+    def times(name: str, node: fx.Node) -> int:
+        return speeds.picoseconds(Format.parse(name), *matrix_shape(node))
+
+    rest = sum(times("int4-g32", node) for node in nodes[4:])
+    least = sum(times("sign-g32", node) for node in chosen)
+    most = sum(times("int8-g32", node) for node in chosen)
+    for share in (0.0, 0.2, 0.5, 0.8):
+        budget = rest + least + math.ceil(share * (most - least))
+        program = lower(
+            canonical("llama"),
+            f"calibrate,sensitivity{{{_TIMED}}},override{{sites=^({fixed})$,format=int4-g32}},"
+            f"assign{{{_TIMED},target_latency={budget / 1e9!r},speeds={_quoted(_SPEEDS)}}}",
+            calibration(canonical("llama")),
+        )
+        picked = {node.meta[SITE]: node for node in sites(program)}
+        loss_of = sum(picked[n.meta[SITE]].meta[SENSITIVITY][picked[n.meta[SITE]].meta[FORMAT]] for n in chosen)
+        best = min(
+            sum(picked[n.meta[SITE]].meta[SENSITIVITY][name] for n, name in zip(chosen, pick, strict=True))
+            for pick in itertools.product(names, repeat=4)
+            if rest + sum(times(name, n) for n, name in zip(chosen, pick, strict=True)) <= budget
+        )
+        assert loss_of == pytest.approx(best, rel=1e-6)
+        # int3 takes longer than int4 and loses more.
+        assert all(picked[n.meta[SITE]].meta[FORMAT] != "int3-g32" for n in chosen)
+
+
+def test_a_budget_of_milliseconds_that_cannot_be_met_names_the_shortest() -> None:
+    with pytest.raises(HikuiError, match=r"A budget of 1e-05 ms cannot be met: .* take at least [0-9.]+ ms") as caught:
+        timed(1e-5)
+    shortest = float(str(caught.value).split("at least ")[1].split(" ms")[0])
+    timed(shortest)
+
+
+def test_speeds_that_are_missing_are_named() -> None:
+    with pytest.raises(UsageError, match="assign cannot keep to 1 ms, for speeds says nothing of int8"):
+        parse_pipeline('assign{formats=int4-g64|int8-g64,target_latency=1,speeds="int4=3"}', PASSES)
+    with pytest.raises(UsageError, match="assign cannot keep to -1 ms; target_latency is above 0"):
+        parse_pipeline("assign{target_latency=-1}", PASSES)
+    with pytest.raises(UsageError, match="assign keeps to one budget"):
+        parse_pipeline('assign{target_latency=1,target_size=1,speeds="int4=3|int8=1"}', PASSES)
+    program = canonical("llama")
+    with pytest.raises(HikuiError, match="An `override` asks for float16, of which assign's speeds say nothing"):
+        lower(
+            program,
+            f"calibrate,sensitivity{{{_TIMED}}},override{{sites=lm_head,format=float16}},"
+            f"assign{{{_TIMED},target_latency=1,speeds={_quoted(_SPEEDS)}}}",
+            calibration(program),
+        )
 
 
 @pytest.mark.parametrize("target", [2.6, 3.6, 4.6])
