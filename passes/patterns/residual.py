@@ -18,12 +18,14 @@ class Residual:
         embeddings: look-ups whose rows lie in the stream.
         writers: products whose outputs lie in the stream.
         norms: the norms that read it.
+        reads: for each norm's output the calls by which it reads the stream.
         readers: products that read it, behind a norm or not, each with that norm.
     """
 
     embeddings: list[fx.Node] = field(default_factory=list)
     writers: list[fx.Node] = field(default_factory=list)
     norms: list[RmsNormMatch] = field(default_factory=list)
+    reads: dict[fx.Node, set[fx.Node]] = field(default_factory=dict)
     readers: list[tuple[fx.Node, RmsNormMatch | None]] = field(default_factory=list)
 
 
@@ -104,6 +106,7 @@ def _users(node: fx.Node, found: Residual) -> list[fx.Node] | NoMatch:
         if (refused := _norm_readers(norm, found)) is not None:
             return refused
         found.norms.append(norm)
+        found.reads[norm.output] = inside
     out = []
     for user in node.users:
         if user in explained:

@@ -1,16 +1,17 @@
 """QuaRot's rotations that fold into weights: outliers of the residual stream are spread over all its columns."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
-from hikui.lowering.errors import HikuiError, VerificationError
-from hikui.lowering.ir.program import ROTATED, SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.formats import Format
+from hikui.lowering.ir.program import BLOCK, FIXED, FORMAT, GROUP, ROTATED, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
-from hikui.passes.graph import argument, float_sites, groups, is_weight, sites, weight_of
+from hikui.passes.graph import argument, aten, float_sites, groups, insert, is_weight, sites, weight_of
 from hikui.passes.matrices import load_finite
 from hikui.passes.patterns.match import NoMatch
 from hikui.passes.patterns.passing import is_view, mixes_rows
@@ -28,7 +29,9 @@ class Rotate(Pass):
 
     Norm weights are folded into the products behind them, so that the norms keep rotations; the embedding E becomes
     E·R, what reads the stream W·R, what writes into it Rᵀ·W. This is R1 of QuaRot (Ashkboos et al., 2024, section 4,
-    stage 1a), without its online Hadamard transforms. A head that is tied to the embedding becomes a matrix of its own.
+    stage 1a), without its online Hadamard transforms. A head that is tied to the embedding becomes a matrix of its own,
+    unless `ends` has products by R and Rᵀ stand behind the embedding and before the last norm: what is outside of
+    blocks then stays as it is.
     Statistics and sensitivities of the sites concerned no longer hold and are dropped: `calibrate` comes after.
 
     Attributes:
@@ -37,6 +40,8 @@ class Rotate(Pass):
         seed: of signs and matrices.
         heads: also rotate the values within each head by a Hadamard matrix, between v and o (QuaRot's stage 1c, without
             its part across heads); the value caches then hold rotated values.
+        ends: the format of products at both ends, as `float16`, in the place of other embeddings and heads; empty is
+            none.
     """
 
     name: ClassVar[str] = "rotate"
@@ -44,6 +49,11 @@ class Rotate(Pass):
     kind: Literal["hadamard", "orthogonal"] = "hadamard"
     seed: int = 0
     heads: bool = False
+    ends: str = ""
+
+    def __post_init__(self) -> None:
+        if self.ends and Format.parse(self.ends).is_mixed:
+            raise UsageError(f"rotate cannot have its ends in {self.ends}; give float16 or a format of one kind.")
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no site is named, or something at the residual stream keeps no rotation."""
@@ -65,6 +75,9 @@ class Rotate(Pass):
         touched: list[fx.Node] = []
         notes: list[str] = []
         if not all(_is_done(node, "stream") for node in residual.embeddings):
+            if self.ends:
+                residual, added = _with_ends(work, residual, rotation, str(Format.parse(self.ends)))
+                notes += added
             touched += _rotate_stream(work, residual, rotation, context)
             notes.append(f"residual stream of {size}: {self.kind if known else 'orthogonal times Hadamard'}")
         if self.heads:
@@ -97,6 +110,59 @@ def _residual(program: Program) -> Residual:
             f"The residual stream cannot be rotated: {found.reason}; rotate takes unquantised models with RMS norms."
         )
     return found
+
+
+def _with_ends(program: Program, residual: Residual, rotation: Rotation, fmt: str) -> tuple[Residual, list[str]]:
+    """Products by R behind the embeddings and by Rᵀ before what reads the stream outside of blocks.
+
+    Returns:
+        What of the stream is still to be rotated, and what to say.
+    """
+    outside = [(node, norm) for node, norm in residual.readers if BLOCK not in node.meta]
+    inside = {norm.output for node, norm in residual.readers if norm is not None and BLOCK in node.meta}
+    if mixed := next((norm for _, norm in outside if norm is not None and norm.output in inside), None):
+        raise HikuiError(
+            f"The residual stream cannot be rotated back: {mixed.output.name} is read inside of a block and outside; "
+            "leave out rotate's ends."
+        )
+    matrix = rotation.matrix().float()
+    notes: list[str] = []
+    for number, node in enumerate(residual.embeddings):
+        users = list(node.users)
+        product = _end(program, f"rotation.in{number or ''}", matrix.t(), node, users, node, fmt)
+        _mark([node, product], "stream")
+        notes.append(f"{product.meta[SITE]}: {fmt}")
+    reads: dict[fx.Node, dict[fx.Node, None]] = {}
+    for node, norm in outside:
+        x, users = (node.args[0], [node]) if norm is None else (norm.x, sorted(residual.reads[norm.output], key=str))
+        assert isinstance(x, fx.Node), "it reads the stream"
+        reads.setdefault(x, {}).update(dict.fromkeys(users))
+    for number, (x, users) in enumerate(reads.items()):
+        product = _end(program, f"rotation.out{number or ''}", matrix, x, users, next(iter(users)), fmt)
+        _mark([product], "stream")
+        notes.append(f"{product.meta[SITE]}: {fmt}")
+    done = {node for node, _ in outside}
+    norms = {norm.output for _, norm in outside if norm is not None}
+    return replace(
+        residual,
+        embeddings=[],
+        readers=[reader for reader in residual.readers if reader[0] not in done],
+        norms=[norm for norm in residual.norms if norm.output not in norms],
+    ), notes
+
+
+def _end(
+    program: Program, site: str, weight: Tensor, x: fx.Node, users: Iterable[fx.Node], like: fx.Node, fmt: str
+) -> fx.Node:
+    """A product x·weightᵀ that some users of x read in its place; a site outside of blocks whose format is settled."""
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    first = min(users, key=order.__getitem__)
+    stored = program.add_weight(program.store.free_name(f"{site}.weight"), weight.contiguous())
+    product = insert(program, first, aten.linear.default, (x, stored), like)
+    for user in users:
+        user.replace_input_with(x, product)
+    product.meta |= {SITE: site, GROUP: site, FORMAT: fmt, FIXED: fmt}
+    return product
 
 
 def _rotate_stream(program: Program, residual: Residual, rotation: Rotation, context: PassContext) -> list[fx.Node]:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from hikui.lowering.errors import HikuiError
+from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.ir import sizes
 from hikui.lowering.ir.interpreter import Interpreter
 from hikui.lowering.ir.program import SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import PassContext
@@ -89,7 +90,51 @@ def test_text() -> None:
     )
 
 
-@pytest.mark.parametrize("options", ["", "{kind=orthogonal,seed=3}", "{heads=true}"])
+def test_text_of_ends() -> None:
+    """What is outside of blocks stays: the table, the last norm and the head, which share what they shared."""
+    check(
+        lower(canonical("qwen2"), "rotate{ends=float16}"),
+        """
+        // CHECK-DAG: %[[E:.*]] = weight "model.embed_tokens.weight" : f32[131, 64]
+        // CHECK-DAG: %[[I:.*]] = weight "rotation.in.weight" : f32[64, 64]
+        // CHECK-DAG: %[[O:.*]] = weight "rotation.out.weight" : f32[64, 64]
+        // CHECK-DAG: %[[N:.*]] = weight "model.norm.weight" : f32[64]
+        // CHECK: %[[R:.*]] = aten.embedding(%[[E]], %tokens, 1) : f32[1, T, 64]
+        // CHECK: aten.linear(%[[R]], %[[I]]) : f32[1, T, 64]  // site=rotation.in group=rotation.in format=float16
+        // CHECK: %[[X:.*]] = aten.linear(%[[S:[a-z0-9_]+]], %[[O]]) : f32[1, T, 64]  // site=rotation.out group=rotation.out format
+        // CHECK-NEXT: aten.pow.Tensor_Scalar(%[[X]], 2)
+        // CHECK-NOT: %[[S]]
+        // CHECK: aten.linear(%{{.*}}, %[[E]]) : f32[1, T, 131]  // site=lm_head
+        """,
+    )
+
+
+def test_ends_leave_the_stream_between_them_rotated_and_no_table_twice() -> None:
+    program = canonical("qwen2")
+    plain, ends = lower(program, "rotate"), lower(program, "rotate{ends=int8-channel}")
+    for node in sites(ends):
+        name = node.meta[SITE]
+        if name == "lm_head" or name.startswith("rotation."):
+            continue
+        (same,) = (other for other in sites(plain) if other.meta[SITE] == name)
+        assert torch.equal(
+            ends.store.load(ends.weight_of(weight_of(node))), plain.store.load(plain.weight_of(weight_of(same)))
+        )
+    packed = lower(ends, "rtn{bits=8,group=0},pack,embedding,activation,fuse,dead_code")
+    formats = {site.name: site.format for site in sizes.measure(packed).sites}
+    assert formats["rotation.in"] == formats["rotation.out"] == formats["lm_head"] == "int8-channel"
+    alone = lower(program, "rtn{bits=8,group=0},pack,embedding,activation,fuse,dead_code")
+    # Two matrices of the stream's width with a scale a row, and what ones in the place of norms' weights do not change.
+    assert sizes.measure(packed).total_bytes - sizes.measure(alone).total_bytes == 2 * 64 * (64 + 2)
+    with pytest.raises(UsageError, match="rotate cannot have its ends in mixed-g32-c32"):
+        Rotate(ends="mixed-g32-c32")
+    with pytest.raises(UsageError, match="Format 'flaot' is not known"):
+        Rotate(ends="flaot")
+
+
+@pytest.mark.parametrize(
+    "options", ["", "{kind=orthogonal,seed=3}", "{heads=true}", "{ends=float16}", "{ends=float16,heads=true,seed=3}"]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_logits_stay_and_a_second_run_does_nothing(family: str, options: str) -> None:
     program = canonical(family)
