@@ -62,7 +62,7 @@ class Sensitivity(Pass):
         """
         work = program.clone()
         chosen = float_sites(work)
-        tasks = [self._task(work, block) for block in blocks(chosen)]
+        tasks = self.tasks(work)
         costs: dict[str, dict[str, float]] = {}
         todo = []
         for index, task in enumerate(tasks):
@@ -90,6 +90,10 @@ class Sensitivity(Pass):
         formats = parse_formats(self.formats)
         note = f"{label}: {len(chosen)} sites in {len(formats)} formats; the largest error is {worst.meta[SITE]}'s"
         return PassResult(work, True, [note])
+
+    def tasks(self, program: Program) -> list["Task"]:
+        """The jobs of a program, one a block."""
+        return [self._task(program, block) for block in blocks(float_sites(program))]
 
     def _task(self, program: Program, block: list[list[fx.Node]]) -> "Task":
         """What a process needs to measure the sites of a block, without the program."""
@@ -143,25 +147,49 @@ def measure(task: Task) -> Tensor:
     return torch.tensor([_measure(site, task) for site in task.sites], dtype=torch.float64)
 
 
+def measure_columns(task: Task, columns: int) -> list[Tensor]:
+    """As `measure`, each cost shared out among groups of so many columns: float64 [formats, ⌈K/columns⌉], by site.
+
+    With a Gram matrix a column has the whole of its own error and half of what it shares with each other one; the sum
+    is what the site costs, and a share may be below zero.
+
+    Raises:
+        HikuiError: as `measure`.
+    """
+    out = []
+    for site in task.sites:
+        shares, total = _shares(site, task)
+        parts = [each.split(columns) for each in shares / (total if task.relative and total > 0 else 1.0)]
+        out.append(torch.stack([torch.stack([part.sum() for part in row]) for row in parts]))
+    return out
+
+
 def _costs(task: Task, costs: Tensor) -> dict[str, dict[str, float]]:
     names = [str(fmt) for fmt in task.formats]
     return {site.name: dict(zip(names, row, strict=True)) for site, row in zip(task.sites, costs.tolist(), strict=True)}
 
 
 def _measure(site: _Site, task: Task) -> list[float]:
-    store = WeightStore({site.key: site.weight})
-    n, k = site.weight.info.shape
-    metric = torch.ones(k, dtype=torch.float64) if site.metric is None else site.metric.load().double()
-    errors, total = [0.0] * len(task.formats), 0.0
-    for rows in row_parts(n, k):
-        weight = finite_rows(store, site.key, site.name, rows)
-        total += _energy(weight, metric)
-        for index, fmt in enumerate(task.formats):
-            errors[index] += _energy(weight - _rounded(weight, fmt, site, task.clip), metric)
+    shares, total = _shares(site, task)
+    errors: list[float] = shares.sum(1).tolist()
     if not task.relative:
         return errors
     # A site whose output is nothing loses nothing.
     return [error / total if total > 0 else 0.0 for error in errors]
+
+
+def _shares(site: _Site, task: Task) -> tuple[Tensor, float]:
+    """The error in each format by column, float64 [formats, k], and what it is an error of."""
+    store = WeightStore({site.key: site.weight})
+    n, k = site.weight.info.shape
+    metric = torch.ones(k, dtype=torch.float64) if site.metric is None else site.metric.load().double()
+    shares, total = torch.zeros(len(task.formats), k, dtype=torch.float64), 0.0
+    for rows in row_parts(n, k):
+        weight = finite_rows(store, site.key, site.name, rows)
+        total += float(_energy(weight, metric).sum())
+        for index, fmt in enumerate(task.formats):
+            shares[index] += _energy(weight - _rounded(weight, fmt, site, task.clip), metric)
+    return shares, total
 
 
 def _rounded(weight: Tensor, fmt: Format, site: _Site, clip: str) -> Tensor:
@@ -176,8 +204,8 @@ def _rounded(weight: Tensor, fmt: Format, site: _Site, clip: str) -> Tensor:
     return rounded if order is None else rounded[:, order.argsort()]
 
 
-def _energy(matrix: Tensor, metric: Tensor) -> float:
-    """Σ (D·R) ∘ D in float64; R = `metric` ([k, k] or its diagonal [k])."""
+def _energy(matrix: Tensor, metric: Tensor) -> Tensor:
+    """Σ_i (D·R) ∘ D by column, float64 [k]; R = `metric` ([k, k] or its diagonal [k])."""
     wide = matrix.double()
     weighted = wide * metric if metric.dim() == 1 else wide @ metric
-    return float((weighted * wide).sum())
+    return (weighted * wide).sum(0)

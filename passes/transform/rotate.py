@@ -137,8 +137,8 @@ def _with_ends(program: Program, residual: Residual, rotation: Rotation, fmt: st
         x, users = (node.args[0], [node]) if norm is None else (norm.x, sorted(residual.reads[norm.output], key=str))
         assert isinstance(x, fx.Node), "it reads the stream"
         reads.setdefault(x, {}).update(dict.fromkeys(users))
-    for number, (x, users) in enumerate(reads.items()):
-        product = _end(program, f"rotation.out{number or ''}", matrix, x, users, next(iter(users)), fmt)
+    for number, (x, readers) in enumerate(reads.items()):
+        product = _end(program, f"rotation.out{number or ''}", matrix, x, readers, next(iter(readers)), fmt)
         _mark([product], "stream")
         notes.append(f"{product.meta[SITE]}: {fmt}")
     done = {node for node, _ in outside}

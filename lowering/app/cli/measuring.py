@@ -23,6 +23,15 @@ def sensitivity(
         ),
     ] = "trial",
     texts: Annotated[int, typer.Option(min=1, max=options.MOST, help="Windows of text that trial reads.")] = 4,
+    columns: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=options.MOST,
+            help="Also say how the costs are shared out among columns, so many together; not of trials.",
+            metavar="N",
+        ),
+    ] = 0,
     calibration: options.CalibrationText = None,
     context: options.Context = None,
     output: Annotated[
@@ -67,6 +76,7 @@ def sensitivity(
             formats.split(","),
             by,
             texts=texts,
+            columns=columns,
             execution=Execution(
                 memory=options.nbytes(memory), jobs=Jobs(jobs, engine), progress=step, announce=announce, warn=warn
             ),
@@ -84,6 +94,10 @@ def sensitivity(
     typer.echo(f"{found.model}: {found.unit}" + (f"; {found.tokens} tokens of {found.text}" if found.text else ""))
     rows = [(site.name, *(f"{site.costs[name]:.3g}" for name in found.formats)) for site in found.sites]
     table(rows, ("site", *found.formats))
+    if columns:
+        typer.echo(f"\nThe share of a site's groups of {columns} columns that has half of what it costs:")
+        halves = [(site.name, *(f"{site.half_in(name):.3g}" for name in found.formats)) for site in found.sites]
+        table(halves, ("site", *found.formats))
     typer.echo("\nThe least sum of costs at each number of bits, over the sites in blocks:")
     table(
         [

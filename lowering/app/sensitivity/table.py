@@ -1,9 +1,11 @@
 """Measures a model's sites in several formats, and works out the best choice at each number of bits."""
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +16,7 @@ from hikui.lowering.engine.resume import Resume, run_key
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.program import BLOCK, GROUP, SENSITIVITY, SITE, Program
-from hikui.lowering.pipeline.contract import Calibration, PassContext
+from hikui.lowering.pipeline.contract import Calibration, Pass, PassContext
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
@@ -42,6 +44,7 @@ class SiteCosts:
         block: its number, or None.
         shape: (out features, in features).
         costs: by format.
+        columns: by format, how these are shared out among neighbouring columns, if that was asked for.
     """
 
     name: str
@@ -49,6 +52,19 @@ class SiteCosts:
     block: int | None
     shape: tuple[int, int]
     costs: dict[str, float]
+    columns: dict[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def half_in(self, name: str) -> float:
+        """The least share of the groups of columns that has half of what a format costs; 0 where it costs nothing."""
+        ranked = sorted(self.columns[name], reverse=True)
+        whole, held = math.fsum(ranked), 0.0
+        if whole <= 0:
+            return 0.0
+        for count, share in enumerate(ranked, 1):
+            held += share
+            if held >= whole / 2:
+                return count / len(ranked)
+        return 1.0
 
     @property
     def weights(self) -> int:
@@ -102,6 +118,7 @@ def measure(
     by: Measure = "trial",
     *,
     texts: int = 4,
+    columns: int = 0,
     settings: CalibrationSettings = CalibrationSettings(),
     execution: Execution = Execution(),
     kept: Path | None = None,
@@ -113,6 +130,7 @@ def measure(
         formats: names of formats, two or more.
         by: what is measured.
         texts: windows that `trial` reads.
+        columns: also share costs out among columns, so many together; 0 does not.
         settings: which windows of the text there are.
         execution: how the work is done.
         kept: folder for finished work, which a later call with the same request goes on from; removed when all is done.
@@ -127,6 +145,10 @@ def measure(
     if by == "weight" and any(Format.parse(name).is_mixed for name in names):
         raise UsageError(
             "The columns of a mixed format are chosen by what activations do, so not by weight; take trial."
+        )
+    if columns and by == "trial":
+        raise UsageError(
+            "A trial rounds whole sites, so it says nothing of columns; measure by output, pbar or weight."
         )
     available = available_passes()
     listed = "|".join(names)
@@ -159,6 +181,12 @@ def measure(
     )
     measured = Pipeline(steps).run(traced, context)
     sites = _sites(measured, names)
+    if columns:
+        shares = _columns(measured, steps[-1], context, columns)
+        sites = [
+            replace(site, columns={name: tuple(row) for name, row in zip(names, shares[site.name], strict=True)})
+            for site in sites
+        ]
     if kept is not None:
         shutil.rmtree(kept, ignore_errors=True)
     return Sensitivities(
@@ -175,6 +203,19 @@ def measure(
 
 def _tokens(data: Calibration, texts: int) -> int:
     return sum(int(chunk.shape[1]) for chunk in data.chunks[:texts])
+
+
+def _columns(program: Program, step: Pass, context: PassContext, columns: int) -> dict[str, list[list[float]]]:
+    """What each format costs by groups of columns, by site; one job a block."""
+    from hikui.passes.precision.sensitivity import Sensitivity, measure_columns
+
+    assert isinstance(step, Sensitivity), "trials have no columns"
+    tasks = step.tasks(program)
+    out: dict[str, list[list[float]]] = {}
+    for done, (index, shares) in enumerate(context.jobs.results(partial(measure_columns, columns=columns), tasks), 1):
+        out |= {site.name: found.tolist() for site, found in zip(tasks[index].sites, shares, strict=True)}
+        context.progress("columns", done, len(tasks))
+    return out
 
 
 def _sites(program: Program, names: Sequence[str]) -> list[SiteCosts]:

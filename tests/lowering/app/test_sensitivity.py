@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hikui.lowering.app.lower import resume_folder
 from hikui.lowering.app.request import Execution, Request
 from hikui.lowering.app.sensitivity.picture import draw, role, roles
-from hikui.lowering.app.sensitivity.table import SiteCosts, front, measure
+from hikui.lowering.app.sensitivity.table import Measure, SiteCosts, front, measure
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Format
 from hikui.lowering.pipeline.recipe import CalibrationSettings
@@ -71,6 +72,31 @@ def test_every_site_and_format_is_measured(tiny: Path, stories: Path, by: str) -
     assert found.front[-1].formats == {"int8-channel": 21}
 
 
+@pytest.mark.parametrize("by", ["output", "pbar", "weight"])
+def test_costs_are_shared_out_among_columns(tiny: Path, stories: Path, by: Measure) -> None:
+    request = Request(tiny, None, calibration=stories)
+    plain = measure(request, FORMATS, by, settings=FEW)
+    found = measure(request, FORMATS, by, settings=FEW, columns=16)
+    for site, same in zip(found.sites, plain.sites, strict=True):
+        assert replace(site, columns={}) == same
+        assert list(site.columns) == list(FORMATS)
+        for name, shares in site.columns.items():
+            assert len(shares) == -(-site.shape[1] // 16)
+            assert sum(shares) == pytest.approx(site.costs[name], rel=1e-9)
+    with pytest.raises(UsageError, match="A trial rounds whole sites, so it says nothing of columns"):
+        measure(request, FORMATS, "trial", columns=16)
+
+
+def test_where_half_of_a_cost_is() -> None:
+    def of(*shares: float) -> float:
+        return SiteCosts("s", "s", 0, (16, 16), {}, {"int4-g32": shares}).half_in("int4-g32")
+
+    assert of(1.0, 5.0, 2.0, 1.0) == 0.25
+    assert of(1.0, 1.0, 1.0, 1.0) == 0.5
+    assert of(3.0, -1.0, 1.5, 0.5) == 0.25
+    assert of(0.0, 0.0) == 0.0
+
+
 def test_a_killed_run_goes_on_and_says_the_same(tiny: Path, stories: Path, tmp_path: Path) -> None:
     class KilledError(Exception):
         pass
@@ -117,6 +143,8 @@ def test_the_command(hikui_command: Command, tiny: Path, stories: Path, tmp_path
     found = json.loads(table.read_text("utf-8"))
     assert len(found["sites"]) == 22 and found["measure"] == "trial"
     assert plot.read_text("utf-8").startswith("<?xml")
+    status, out, _ = hikui_command("sensitivity", str(tiny), "--by", "weight", "--columns", "16")
+    assert status == 0 and "groups of 16 columns that has half of what it costs" in out
     status, out, _ = hikui_command("sensitivity", *options, "--json")
     assert status == 0 and json.loads(out) == found
 

@@ -10,6 +10,7 @@ from hikui.lowering.ir.program import SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.passes import PASSES, Sensitivity
 from hikui.passes.graph import sites
+from hikui.passes.precision.sensitivity import measure_columns
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 from tests.passes.helpers import assert_settled, calibration, canonical, check, lower
 
@@ -44,6 +45,30 @@ def test_against_brute_force_in_float64(metric: str, gram: bool) -> None:
                 if metric == "output":
                     want = want / torch.trace(weight.double() @ second @ weight.double().t())
             assert node.meta[SENSITIVITY][name] == pytest.approx(float(want), rel=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["output", "pbar", "weight"])
+def test_columns_against_brute_force_in_float64(metric: str) -> None:
+    step = Sensitivity(metric=metric, formats="int4-g32|sign-g32")  # type: ignore[arg-type]
+    program = measured("calibrate{gram=true}")
+    (found,) = (
+        shares
+        for task in step.tasks(program)
+        for site, shares in zip(task.sites, measure_columns(task, 24), strict=True)
+        if site.name == "model.layers.1.mlp.down_proj"
+    )
+    (node,) = (node for node in sites(program) if node.meta[SITE] == "model.layers.1.mlp.down_proj")
+    weight, keys = program.store.load(f"{node.meta[SITE]}.weight"), node.meta[STATISTICS]
+    mean_square = program.store.load(keys["mean_square"]).double()
+    second = program.store.load(keys["gram"]).double() if metric == "output" else torch.diag(mean_square)
+    if metric == "weight":
+        second = torch.eye(weight.shape[1], dtype=torch.float64)
+    whole = 1.0 if metric == "pbar" else float(torch.trace(weight.double() @ second @ weight.double().t()))
+    for row, name in zip(found, ("int4-g32", "sign-g32"), strict=True):
+        error = weight.double() - rounded(weight, name).double()
+        by_column = (error.t() @ error * second).sum(0) / whole
+        wanted = torch.stack([part.sum() for part in by_column.split(24)])
+        torch.testing.assert_close(row, wanted, rtol=1e-6, atol=1e-12)
 
 
 def test_fewer_bits_cost_more_and_metrics_differ() -> None:

@@ -101,7 +101,7 @@ def test_text_of_ends() -> None:
         // CHECK-DAG: %[[N:.*]] = weight "model.norm.weight" : f32[64]
         // CHECK: %[[R:.*]] = aten.embedding(%[[E]], %tokens, 1) : f32[1, T, 64]
         // CHECK: aten.linear(%[[R]], %[[I]]) : f32[1, T, 64]  // site=rotation.in group=rotation.in format=float16
-        // CHECK: %[[X:.*]] = aten.linear(%[[S:[a-z0-9_]+]], %[[O]]) : f32[1, T, 64]  // site=rotation.out group=rotation.out format
+        // CHECK: %[[X:.*]] = aten.linear(%[[S:[a-z0-9_]+]], %[[O]]) : f32[1, T, 64]  // site=rotation.out
         // CHECK-NEXT: aten.pow.Tensor_Scalar(%[[X]], 2)
         // CHECK-NOT: %[[S]]
         // CHECK: aten.linear(%{{.*}}, %[[E]]) : f32[1, T, 131]  // site=lm_head
