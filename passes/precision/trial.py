@@ -16,7 +16,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir.packed import PackedLinear, is_packed
-from hikui.lowering.ir.program import BLOCK, SENSITIVITY, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import BLOCK, FIXED, SENSITIVITY, SITE, STATISTICS, Program
 from hikui.lowering.memory import give_back
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.gradients.block_training import Product, multiply_by, require_gradients
@@ -45,7 +45,8 @@ class Trial(Pass):
 
     The cost is KL(float‖one site rounded) in nats a token, over some of the calibration texts. Sites are rounded as
     `rtn{weighted=true}` would where `calibrate` has measured them, else as `rtn` would. What an earlier measure has
-    said of a site that is tried is forgotten: costs of two units cannot be added up.
+    said of a site that is tried is forgotten: costs of two units cannot be added up. A site whose format `override` has
+    fixed is not tried.
 
     Attributes:
         formats: candidates, separated by `|`.
@@ -68,12 +69,17 @@ class Trial(Pass):
 
     def chosen(self, program: Program) -> list[fx.Node]:
         """The unpacked sites that are tried, in graph order: those of blocks, and of what is behind them."""
-        found = list(selected(float_sites(program), self.sites, self.skip))
+        found = self._asked_for(program)
         inside = [node for node in found if BLOCK in node.meta]
         if not inside:
             return []
         head = set(sections(program, inside).head.nodes)
         return [node for node in found if BLOCK in node.meta or node in head]
+
+    def _asked_for(self, program: Program) -> list[fx.Node]:
+        """Those whose format is still open, wherever they are."""
+        free = [node for node in float_sites(program) if FIXED not in node.meta]
+        return list(selected(free, self.sites, self.skip))
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where there is no float site, one is too narrow for a format, or a block is not known."""
@@ -99,8 +105,10 @@ class Trial(Pass):
         chosen = self.chosen(program)
         inside = [node for node in chosen if BLOCK in node.meta]
         if not inside:
+            if any({BLOCK, FIXED} <= node.meta.keys() for node in float_sites(program)):
+                return PassResult(program, False)
             raise HikuiError("The model has no blocks with sites to try, and trial goes through blocks.")
-        if left := set(selected(float_sites(program), self.sites, self.skip)) - set(chosen):
+        if left := set(self._asked_for(program)) - set(chosen):
             names = ", ".join(sorted(node.meta[SITE] for node in left))
             context.warn(
                 f"trial starts at the first block, so it has left out {names}; give them a format by `override`."

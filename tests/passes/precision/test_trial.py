@@ -84,6 +84,16 @@ def test_sites_that_are_left_out_keep_what_they_had() -> None:
         assert set(node.meta[SENSITIVITY]) == ({"int3-g32"} if "mlp" in node.meta[SITE] else {"int4-g64"})
 
 
+def test_sites_whose_format_is_fixed_are_not_tried() -> None:
+    program, data = measured("llama")
+    fixed = lower(program, r"override{sites=down_proj$,format=int8-g64},override{sites=lm_head,format=float16}")
+    result = Trial().run(fixed, PassContext(data, warn=pytest.fail))
+    for node in float_sites(result.program):
+        assert (SENSITIVITY in node.meta) == (not node.meta[SITE].endswith(("down_proj", "lm_head")))
+    every = lower(program, "override{sites=.,format=int8-g64}")
+    assert not Trial().run(every, PassContext(data)).modified
+
+
 def test_a_better_choice_than_the_output_error_for_the_same_bits() -> None:
     """What it is for: an assignment that loses no more of the model than one by local errors does."""
     program, _ = measured("llama")
