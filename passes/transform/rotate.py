@@ -42,6 +42,7 @@ class Rotate(Pass):
             its part across heads); the value caches then hold rotated values.
         ends: the format of products at both ends, as `float16`, in the place of other embeddings and heads; empty is
             none.
+        required: whether a stream that cannot be rotated is an error; else a warning says why, and nothing is rotated.
     """
 
     name: ClassVar[str] = "rotate"
@@ -50,6 +51,7 @@ class Rotate(Pass):
     seed: int = 0
     heads: bool = False
     ends: str = ""
+    required: bool = True
 
     def __post_init__(self) -> None:
         if self.ends and Format.parse(self.ends).is_mixed:
@@ -59,7 +61,8 @@ class Rotate(Pass):
         """Raises HikuiError where no site is named, or something at the residual stream keeps no rotation."""
         if not sites(program):
             raise HikuiError("No linear site is named; run `canonicalise` first.")
-        _residual(program)
+        if self.required:
+            _residual(program)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Works matrix by matrix on a clone; what is rotated is not rotated again, whatever the seed.
@@ -67,6 +70,10 @@ class Rotate(Pass):
         Raises:
             HikuiError: a matrix holds NaN or infinite values.
         """
+        found = match_residual(program.graph)
+        if isinstance(found, NoMatch) and not self.required:
+            context.warn(f"The residual stream stays as it is, for it cannot be rotated: {found.reason}.")
+            return PassResult(program, False)
         work = program.clone()
         generator = torch.Generator().manual_seed(self.seed)
         residual = _residual(work)
@@ -98,6 +105,8 @@ class Rotate(Pass):
 
     def ensures(self, program: Program) -> None:
         """The stream is still one, and everything at it is rotated."""
+        if not self.required and isinstance(match_residual(program.graph), NoMatch):
+            return
         for node in _residual(program).embeddings:
             if not _is_done(node, "stream"):
                 raise VerificationError(f"Node {node.name} was not rotated.")

@@ -1,5 +1,6 @@
 """rotate: orthogonal matrices, the residual stream that they turn, and what they do to outliers."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -185,6 +186,12 @@ def test_layer_norms_are_refused_by_name(family: str, reads: str) -> None:
     match = rf"layer_norm \(aten.layer_norm.default\) reads the residual stream at {reads}"
     with pytest.raises(HikuiError, match=match):
         lower(canonical(family), "rotate")
+    said: list[str] = []
+    program = canonical(family)
+    result = Rotate(heads=True, ends="float16", required=False).run(program, PassContext(warn=said.append))
+    assert result.program is program and not result.modified
+    assert len(said) == 1 and said[0].startswith("The residual stream stays as it is, for it cannot be rotated: ")
+    assert re.search(match, said[0])
 
 
 NORM, GAIN = random(40, seed=1), random(40, seed=2)
