@@ -32,11 +32,13 @@ STAGED_FLOAT: Mapping[str, Mapping[str, object]] = {"gptq": {"sweeps": 1, "stage
 QAT: Mapping[str, Mapping[str, object]] = {
     "qat": {"activation_bits": 8, "batch": 2, "lr": 0.004, "scale_lr": 0.002, "epochs": 1}
 }
+ROTATE: Mapping[str, Mapping[str, object]] = {"rotate": {"heads": True, "ends": "float16"}}
+AWQ: Mapping[str, Mapping[str, object]] = {"awq": {"bits": 2, "group": 0, "activation_bits": 8, "skip": HEAD}}
 DISTIL: Mapping[str, Mapping[str, object]] = {"distil": {"activation_bits": 8, "batch": 2}}
 
 
 def variants(options: argparse.Namespace) -> dict[str, Passes]:
-    """The passes of each variant between `calibrate` and `pack`."""
+    """The passes of each variant between `calibrate` and `pack`, with a rotation before both."""
 
     def mixed(by: str) -> Mapping[str, Mapping[str, object]]:
         return {"mixed": {"group": options.group, "share": options.share, "by": by, "skip": HEAD}}
@@ -79,6 +81,12 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         "sites-trial-qep": [*assigned("trial"), {"qep": {"skip": HEAD}}, GPTQ],
         "columns-pbar-distil": [mixed("pbar"), GPTQ, DISTIL],
         "columns-pbar-qat": [mixed("pbar"), GPTQ, QAT],
+        "rotated-int2-channel": [ROTATE, *channels["int2-channel"]],
+        "rotated-int2-channel-qat": [ROTATE, *channels["int2-channel-qat"]],
+        "rotated-sites-trial": [ROTATE, *assigned("trial"), GPTQ],
+        "rotated-sites-trial-qat": [ROTATE, *assigned("trial"), GPTQ, QAT],
+        "awq-sites-trial": [*assigned("trial"), AWQ, GPTQ],
+        "awq-sites-trial-qat": [*assigned("trial"), AWQ, GPTQ, QAT],
         "columns-pbar-staged-qat": [mixed("pbar"), STAGED, QAT],
         "columns-random-qat": [mixed("random"), GPTQ, QAT],
         "sites-trial-distil": [*assigned("trial"), GPTQ, DISTIL],
@@ -89,6 +97,7 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
 
 def recipe(name: str, passes: Passes, training: int) -> dict[str, Any]:
     """The whole recipe of a variant."""
+    first = [each for each in passes if each is ROTATE]
     learns = any(isinstance(each, Mapping) and each.keys() & {"qat", "distil"} for each in passes)
     return {
         "schema": 1,
@@ -98,8 +107,9 @@ def recipe(name: str, passes: Passes, training: int) -> dict[str, Any]:
         "passes": [
             "canonicalise",
             {"override": {"sites": HEAD, "format": "int4-g32", "required": False}},
+            *first,
             {"calibrate": {"gram": True}},
-            *passes,
+            *passes[len(first) :],
             {"pack": {"format": "float32"}},
             {"embedding": {"format": "int4-g32"}},
             {"activation": {"bits": 8}},

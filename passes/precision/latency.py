@@ -49,18 +49,29 @@ class Speeds:
 
     def lacks(self, formats: Iterable[Format]) -> list[str]:
         """The kinds that formats are made of and that have no speed here."""
-        kinds = {kind for fmt in formats for kind in (("int4", "sign") if fmt.is_mixed else (fmt.kind,))}
+        kinds = {kind for fmt in formats for kind in (("int4", "sign") if fmt.is_mixed else (_timed_as(fmt),))}
         return sorted(kinds - self.of.keys())
 
     def picoseconds(self, fmt: Format, n: int, k: int) -> int:
         """What the product with one row of activations takes, rounded up: columns of padding are multiplied too.
 
+        Floats are read as fast as int8's bytes: neither does anything but wait for them.
+
         Args:
-            fmt: an integer format whose kinds have a speed.
+            fmt: a format that `lacks` nothing.
             n: output features.
             k: input features.
         """
         parts = fmt.segments(fmt.padded_k(k))
+        bytes_wide = 1 if fmt.is_integer else fmt.bits / 8
         return math.ceil(
-            math.fsum(_PICOSECONDS * n * (part.stop - part.start) / self.of[part.format.kind] for part in parts)
+            math.fsum(
+                _PICOSECONDS * n * (part.stop - part.start) * bytes_wide / self.of[_timed_as(part.format)]
+                for part in parts
+            )
         )
+
+
+def _timed_as(fmt: Format) -> str:
+    """The kind whose speed an unmixed format has."""
+    return fmt.kind if fmt.is_integer else "int8"

@@ -260,10 +260,10 @@ def test_speeds_that_are_missing_are_named() -> None:
     with pytest.raises(UsageError, match="assign keeps to one budget"):
         parse_pipeline('assign{target_latency=1,target_size=1,speeds="int4=3|int8=1"}', PASSES)
     program = canonical("llama")
-    with pytest.raises(HikuiError, match="An `override` asks for float16, of which assign's speeds say nothing"):
+    with pytest.raises(HikuiError, match="An `override` asks for nf4, of which assign's speeds say nothing"):
         lower(
             program,
-            f"calibrate,sensitivity{{{_TIMED}}},override{{sites=lm_head,format=float16}},"
+            f"calibrate,sensitivity{{{_TIMED}}},override{{sites=lm_head,format=nf4-g32}},"
             f"assign{{{_TIMED},target_latency=1,speeds={_quoted(_SPEEDS)}}}",
             calibration(program),
         )

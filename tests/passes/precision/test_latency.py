@@ -28,9 +28,11 @@ def test_time_is_weights_by_speed_and_padding_is_multiplied_too() -> None:
     # 128 columns of int4 and 128 of signs, of which 28 are padding.
     assert speeds.picoseconds(Format.parse("mixed-g128-c128"), 64, 228) == 64 * 128 * (100 + 25)
     assert speeds.picoseconds(Format.parse("int4-g64"), 1, 32) == math.ceil(32 * 100)
+    # Floats are read as int8's bytes are, and have no padding.
+    assert Speeds({"int8": 20.0}).picoseconds(Format.parse("float16"), 64, 100) == 64 * 100 * 2 * 50
 
 
 def test_kinds_without_a_speed_are_named() -> None:
     formats = [Format.parse(name) for name in ("int4-g64", "mixed-g128-c128", "int3-channel", "float16")]
-    assert Speeds({"int4": 1.0}).lacks(formats) == ["float16", "int3", "sign"]
+    assert Speeds({"int4": 1.0}).lacks(formats) == ["int3", "int8", "sign"]
     assert Speeds({"int4": 1.0, "sign": 1.0}).lacks(formats[:2]) == []

@@ -220,6 +220,18 @@ def test_products_of_integers_learn_as_those_of_floats(name: str, monkeypatch: p
     assert after[0] - after[1] < 0.25 * (first - after[1]), (first, after)
 
 
+def test_a_rotated_stream_with_products_at_its_ends() -> None:
+    """The float model that it learns from is the one before the rotation; the ends stay as they are."""
+    exact = canonical("llama")
+    program = lower(exact, f"rotate{{ends=float16}},{ROUND}")
+    after = trained(program)
+    fresh = calibration(exact, 60, 24).chunks[40:]
+    assert divergence(exact, after, fresh) < 0.9 * divergence(exact, program, fresh)
+    ends = [PackedLinear.of(node) for node in after.graph.nodes if str(node.meta.get(SITE)).startswith("rotation.")]
+    assert [str(packed.format) for packed in ends] == ["float16", "float16"]
+    assert not any("trained" in after.weight_of(packed.weight) for packed in ends)
+
+
 def test_what_the_note_says_is_what_was_kept() -> None:
     exact, before = canonical("llama"), rounded()
     result = Qat(epochs=2, lr=0.02, batch=2).run(before, PassContext(texts(exact)))
