@@ -97,7 +97,6 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
 
 def recipe(name: str, passes: Passes, training: int) -> dict[str, Any]:
     """The whole recipe of a variant."""
-    first = [each for each in passes if each is ROTATE]
     learns = any(isinstance(each, Mapping) and each.keys() & {"qat", "distil"} for each in passes)
     return {
         "schema": 1,
@@ -107,9 +106,9 @@ def recipe(name: str, passes: Passes, training: int) -> dict[str, Any]:
         "passes": [
             "canonicalise",
             {"override": {"sites": HEAD, "format": "int4-g32", "required": False}},
-            *first,
+            *(each for each in passes if each is ROTATE),
             {"calibrate": {"gram": True}},
-            *passes[len(first) :],
+            *(each for each in passes if each is not ROTATE),
             {"pack": {"format": "float32"}},
             {"embedding": {"format": "int4-g32"}},
             {"activation": {"bits": 8}},

@@ -19,6 +19,7 @@ from hikui.lowering.ir.program import BLOCK, FORMAT, SENSITIVITY, Program
 from hikui.lowering.pipeline.contract import Pass
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.candidates import tied_nbytes
+from hikui.passes.precision.latency import PICOSECONDS
 from hikui.passes.precision.rest import rest_nbytes
 from hikui.passes.quantise.embedding import Embedding
 from hikui.passes.quantise.pack import Pack
@@ -114,7 +115,7 @@ def _milliseconds(sites: list[fx.Node], program: Program, path: str | Path) -> t
     ]
     if unknown := speeds.lacks(fmt for fmt, _, _ in every):
         raise UsageError(f"{path} says nothing of {unknown[0]}, which sites have; leave out --speeds, or measure it.")
-    times = [(speeds.picoseconds(fmt, *shape) / 1e9, inside) for fmt, shape, inside in every]
+    times = [(speeds.picoseconds(fmt, *shape) / PICOSECONDS, inside) for fmt, shape, inside in every]
     return math.fsum(time for time, inside in times if inside), math.fsum(time for time, _ in times)
 
 

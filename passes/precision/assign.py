@@ -15,11 +15,8 @@ from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
-from hikui.passes.precision.latency import Speeds
+from hikui.passes.precision.latency import PICOSECONDS, Speeds
 from hikui.passes.precision.rest import rest_nbytes
-
-_PICOSECONDS = 10**9
-"""In a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,7 @@ class Assign(Pass):
     def _budget(self, program: Program, weights: int) -> int:
         """For the chosen sites, which have so many weights, in the unit of `_spent`."""
         if self.target_latency:
-            return math.floor(self.target_latency * _PICOSECONDS)
+            return math.floor(self.target_latency * PICOSECONDS)
         if self.target_size:
             rest = rest_nbytes(program, self.chosen(program), Format.parse(self.tables))
             return math.floor(self.target_size * 1e6) - rest
@@ -186,7 +183,7 @@ class Assign(Pass):
         weights = sum(choice.weights for choice in choices)
         least = sum(choice.spent[pick] for choice, pick in zip(choices, cheapest(choices), strict=True))
         if least > budget and self.target_latency:
-            shortest = math.ceil(least / _PICOSECONDS * 1000) / 1000
+            shortest = math.ceil(least / PICOSECONDS * 1000) / 1000
             raise HikuiError(
                 f"A budget of {self.target_latency:g} ms cannot be met: with {self.formats} the products of a token "
                 f"take at least {shortest:.3f} ms; raise target_latency or add a faster format."
@@ -211,7 +208,7 @@ class Assign(Pass):
         taken = sum(choice.spent[pick] for choice, pick in zip(choices, picks, strict=True))
         weights = sum(choice.weights for choice in choices)
         if self.target_latency:
-            notes = [f"{taken / _PICOSECONDS:.3f} ms for the products of a token, as reckoned ({self.mode})"]
+            notes = [f"{taken / PICOSECONDS:.3f} ms for the products of a token, as reckoned ({self.mode})"]
         else:
             notes = [f"{8 * taken / weights:.3f} true bits per weight ({self.mode})"]
         counts: dict[str, int] = {}

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import KINDS, Format
 
-_PICOSECONDS = 1000
-"""In the time that a weight takes at 10⁹ weights a second."""
+PICOSECONDS = 10**9
+"""In a millisecond: times are whole numbers of them."""
+
+_OF_A_WEIGHT = 1000
+"""Picoseconds that a weight takes at 10⁹ weights a second."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Speeds:
 
     def lacks(self, formats: Iterable[Format]) -> list[str]:
         """The kinds that formats are made of and that have no speed here."""
-        kinds = {kind for fmt in formats for kind in (("int4", "sign") if fmt.is_mixed else (_timed_as(fmt),))}
+        kinds = {_timed_as(part.format) for fmt in formats for part in fmt.segments((fmt.columns or 0) + 1)}
         return sorted(kinds - self.of.keys())
 
     def picoseconds(self, fmt: Format, n: int, k: int) -> int:
@@ -66,7 +69,7 @@ class Speeds:
         bytes_wide = 1 if fmt.is_integer else fmt.bits / 8
         return math.ceil(
             math.fsum(
-                _PICOSECONDS * n * (part.stop - part.start) * bytes_wide / self.of[_timed_as(part.format)]
+                _OF_A_WEIGHT * n * (part.stop - part.start) * bytes_wide / self.of[_timed_as(part.format)]
                 for part in parts
             )
         )

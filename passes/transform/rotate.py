@@ -70,13 +70,12 @@ class Rotate(Pass):
         Raises:
             HikuiError: a matrix holds NaN or infinite values.
         """
-        found = match_residual(program.graph)
-        if isinstance(found, NoMatch) and not self.required:
-            context.warn(f"The residual stream stays as it is, for it cannot be rotated: {found.reason}.")
-            return PassResult(program, False)
         work = program.clone()
+        residual = _residual(work) if self.required else match_residual(work.graph)
+        if isinstance(residual, NoMatch):
+            context.warn(f"The residual stream stays as it is, for it cannot be rotated: {residual.reason}.")
+            return PassResult(program, False)
         generator = torch.Generator().manual_seed(self.seed)
-        residual = _residual(work)
         size = int(residual.embeddings[0].meta["val"].shape[-1])
         rotation, known = self._draw(size, generator)
         touched: list[fx.Node] = []
@@ -105,9 +104,10 @@ class Rotate(Pass):
 
     def ensures(self, program: Program) -> None:
         """The stream is still one, and everything at it is rotated."""
-        if not self.required and isinstance(match_residual(program.graph), NoMatch):
+        residual = _residual(program) if self.required else match_residual(program.graph)
+        if isinstance(residual, NoMatch):
             return
-        for node in _residual(program).embeddings:
+        for node in residual.embeddings:
             if not _is_done(node, "stream"):
                 raise VerificationError(f"Node {node.name} was not rotated.")
 

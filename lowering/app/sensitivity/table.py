@@ -1,11 +1,11 @@
 """Measures a model's sites in several formats, and works out the best choice at each number of bits."""
 
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -56,15 +56,10 @@ class SiteCosts:
 
     def half_in(self, name: str) -> float:
         """The least share of the groups of columns that has half of what a format costs; 0 where it costs nothing."""
-        ranked = sorted(self.columns[name], reverse=True)
-        whole, held = math.fsum(ranked), 0.0
-        if whole <= 0:
+        held = list(accumulate(sorted(self.columns[name], reverse=True)))
+        if held[-1] <= 0:
             return 0.0
-        for count, share in enumerate(ranked, 1):
-            held += share
-            if held >= whole / 2:
-                return count / len(ranked)
-        return 1.0
+        return next(count for count, sum_ in enumerate(held, 1) if sum_ >= held[-1] / 2) / len(held)
 
     @property
     def weights(self) -> int:

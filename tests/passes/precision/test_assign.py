@@ -210,7 +210,7 @@ def _quoted(text: str) -> str:
 
 
 def test_a_budget_of_milliseconds_against_every_choice() -> None:
-    """On the four largest sites of a model; the others have their format."""
+    """On the first four sites of a model; the others have their format."""
     every = timed(1e9)
     speeds = Speeds.parse(_SPEEDS)
     nodes = sites(every)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, rms_norm
 from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.interpreter import Interpreter
-from hikui.lowering.ir.program import SITE, STATISTICS, Program
+from hikui.lowering.ir.program import BLOCK, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import PassContext
 from hikui.passes import Rotate
 from hikui.passes.graph import aten, sites, weight_of
@@ -192,6 +192,15 @@ def test_layer_norms_are_refused_by_name(family: str, reads: str) -> None:
     assert result.program is program and not result.modified
     assert len(said) == 1 and said[0].startswith("The residual stream stays as it is, for it cannot be rotated: ")
     assert re.search(match, said[0])
+
+
+def test_a_norm_that_is_read_in_a_block_and_outside_has_no_end() -> None:
+    program = canonical("llama").clone()
+    sites(program)[0].meta.pop(BLOCK)
+    match = r"The residual stream cannot be rotated back: mul\w* is read inside of a block and outside; leave out"
+    with pytest.raises(HikuiError, match=match):
+        Rotate(ends="float16").run(program, PassContext())
+    assert Rotate().run(program, PassContext()).modified
 
 
 NORM, GAIN = random(40, seed=1), random(40, seed=2)
