@@ -5,7 +5,8 @@
 
 #include "arguments.h"
 
-/* How a kind of codes is stored: bits of a field, lines of a step of 32 columns, what each field stands for. */
+/* How a kind of codes is stored: bits of a field, lines of a step of 32 columns (0: ternary, which is not stored in
+ * steps), what each field stands for. */
 struct stored_kind {
   int bits, lines;
   int8_t codes[16];
@@ -13,7 +14,7 @@ struct stored_kind {
 
 #include "kinds.inc"
 
-enum { LINE = 16 * 4, STEP = 32 };
+enum { LINE = 16 * 4, STEP = 32, TERNARY_COLUMNS = 20 };
 
 struct lookup {
   const struct stored_kind* kind; /* null for floats */
@@ -60,6 +61,27 @@ static void read_step(const struct stored_kind* kind, const uint8_t* lines, int8
         codes[4 * (line * share + field) + j] = kind->codes[lines[line * LINE + j] >> field * kind->bits & mask];
 }
 
+/* Rows of ternary codes, five to a byte, each group in lines of its own. A byte s holds 3s/256 to the nearest integer,
+ * and what is left of 3s modulo 256 the next code. */
+static void read_ternary(const struct lookup* a, int64_t row, float* y) {
+  const int64_t lines = a->weight.shape[1], groups = a->scale.shape[1], columns = a->y.columns;
+  const uint8_t* bytes = (const uint8_t*)a->weight.data + (row / 16 * lines * 16 + row % 16) * 4;
+  const float16* scales = (const float16*)a->scale.data + row / 16 * groups * 16 + row % 16;
+  for (int64_t start = 0; start < columns; start += a->group, scales += 16) {
+    const float scale = half_to_float(*scales);
+    const int64_t stop = columns < start + a->group ? columns : start + a->group;
+    for (int64_t first = start; first < start + a->group; first += TERNARY_COLUMNS, bytes += LINE)
+      for (int j = 0; j < 4; ++j) {
+        int state = (int8_t)bytes[j];
+        for (int64_t column = first + j; column < first + TERNARY_COLUMNS; column += 4) {
+          const int code = (3 * state + 384) / 256 - 1;
+          state = 3 * state - 256 * code;
+          if (column < stop) y[column] = (float)code * scale;
+        }
+      }
+  }
+}
+
 static void read_codes(const struct lookup* a, int64_t row, float* y) {
   const int64_t lines = a->weight.shape[1], groups = a->scale.shape[1], columns = a->y.columns;
   const uint8_t* bytes = (const uint8_t*)a->weight.data + (row / 16 * lines * 16 + row % 16) * 4;
@@ -90,11 +112,21 @@ static void run_lookup(const void* arguments, int64_t first, int64_t last) {
     int64_t row;
     memcpy(&row, (const int64_t*)a->ids.data + at, sizeof row);
     float* y = (float*)a->y.data + at * a->y.columns;
-    if (a->kind != NULL)
+    if (a->kind == &stored_kinds[TERNARY])
+      read_ternary(a, row, y);
+    else if (a->kind != NULL)
       read_codes(a, row, y);
     else
       read_floats(a, row, y);
   }
+}
+
+/* Columns of so many lines in groups, or −1 where there are none such. */
+static int64_t stored_columns(const struct stored_kind* kind, int64_t lines, int64_t groups) {
+  if (kind->lines > 0) return lines % kind->lines == 0 ? hikui_product(lines / kind->lines, STEP) : -1;
+  if (groups < 1 || lines % groups != 0) return -1;
+  const int64_t width = hikui_product(lines / groups, TERNARY_COLUMNS) / STEP * STEP;
+  return (width + TERNARY_COLUMNS - 1) / TERNARY_COLUMNS == lines / groups ? hikui_product(width, groups) : -1;
 }
 
 /* Takes the number of rows, checks ids and packed matrix against it, and looks the rows up. */
@@ -113,7 +145,7 @@ static int run_checked(struct call* call, struct lookup* a, int index) {
   const int64_t columns = a->y.columns;
   if (a->kind != NULL) {
     const int64_t lines = a->weight.shape[1], groups = a->scale.shape[1];
-    const int64_t stored = lines % a->kind->lines == 0 ? hikui_product(lines / a->kind->lines, STEP) : -1;
+    const int64_t stored = stored_columns(a->kind, lines, groups);
     if (groups < 1 || stored < columns || stored % hikui_product(groups, STEP) != 0)
       return hikui_fail("%s: %" PRId64 " weight lines in %" PRId64 " groups do not fit rows of %" PRId64 " columns.",
                         call->name, lines, groups, columns);

@@ -18,8 +18,11 @@ Expression = Any
 QUADS = 8
 """Activation quads (4 neighbouring int8 values) in a step."""
 
-LINES = {name: kind.lines for name, kind in KINDS.items()}
-"""Lines in a step."""
+LINES = {name: kind.lines for name, kind in KINDS.items() if kind.lines is not None}
+"""Lines in a step, for the kinds that are stored in steps."""
+
+DIGITS = 5
+"""Quads in a line of `ternary`, which is stored in lines of so many whatever the steps; see `ternary_codes`."""
 
 SEGMENTS = {name: (name,) for name in KINDS} | {"mixed": ("int4", "sign")}
 """The formats with integer codes, which kernels are named after: the parts of a row of each, in order."""
@@ -27,7 +30,7 @@ SEGMENTS = {name: (name,) for name in KINDS} | {"mixed": ("int4", "sign")}
 CODEBOOKS: dict[str, tuple[int, ...]] = {name: KINDS[name].codes or () for name in ("nf4", "fp4")}
 """Codes by index, for the kinds whose codes are not evenly spaced."""
 
-_UNIFORM = {name: kind.codes for name, kind in KINDS.items() if kind.codes and name not in CODEBOOKS}
+_UNIFORM = {name: kind.codes for name, kind in KINDS.items() if kind.codes and name in LINES and name not in CODEBOOKS}
 
 FACTOR = {name: codes[1] - codes[0] for name, codes in _UNIFORM.items()}
 OFFSET = {name: -codes[0] for name, codes in _UNIFORM.items()}
@@ -42,6 +45,21 @@ class Piece:
     bit: int
     width: int
     to: int = 0
+
+
+def turn_lines(kind: str) -> int:
+    """Lines that a kernel takes at a turn: a step, or of `ternary` one."""
+    return LINES.get(kind, 1)
+
+
+def turn_quads(kind: str) -> int:
+    """Quads of these lines."""
+    return QUADS if kind in LINES else DIGITS
+
+
+def group_lines(kind: str, group_steps: Expression) -> Expression:
+    """Lines of a group of so many steps."""
+    return group_steps * LINES[kind] if kind in LINES else (group_steps * QUADS + (DIGITS - 1)) // DIGITS
 
 
 def pieces(kind: str) -> list[tuple[Piece, ...]]:

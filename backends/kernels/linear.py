@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, group_lines, turn_lines, turn_quads
 from hikui.backends.kernels.isa.base import (
     Buffer,
     Expression,
@@ -158,23 +158,46 @@ class _Integer:
 
     def add_steps(self, run: Run, group: Expression, operands: Operands, outputs: Outputs, held: _Held) -> None:
         """Adds the products of a group's steps to the accumulators."""
-        rows, lanes = self.grid.rows, self.grid.lanes
-        scheme, step_lines = self.schemes[run.segment], LINES[SEGMENTS[self.kind][run.segment]]
+        kind = SEGMENTS[self.kind][run.segment]
+        line = run.line + (group - run.first) * group_lines(kind, operands.group_steps)
+        quad, quads = group * operands.group_steps * QUADS, operands.group_steps * QUADS
+        turns = operands.group_steps if kind in LINES else quads // turn_quads(kind)
+
+        def add(turn: Expression, left: Expression) -> None:
+            here = line + turn * turn_lines(kind), quad + turn * turn_quads(kind)
+            self.add_turn(self.schemes[run.segment], *here, left, operands, outputs, held)
+
         # A group has at least one step; said so, LLVM keeps the conversion to float out of the loop.
-        with T.serial(T.int64(0), T.max(operands.group_steps, 1)) as step:
-            line = run.line + ((group - run.first) * operands.group_steps + step) * step_lines
-            quad = (group * operands.group_steps + step) * QUADS
-            with unrolled(self.grid.blocks) as j, unrolled(self.grid.parts) as part, unrolled(rows) as i:
-                if self.panel:
-                    first, stride = (outputs.chunk * operands.row_quads + quad) * rows + i, rows
-                else:
-                    first, stride = outputs.row[i] * operands.row_quads + quad, 1
-                at_line = outputs.block[j] * operands.lines + line
-                place = Place(operands.weight, at_line, part, operands.q, first, stride, held.codebook)
-                starts = [self.held_at(i, j, part, k) for k in range(len(scheme.shifts))]
-                before = [vector(held.products, start, lanes) for start in starts]
-                for start, after in zip(starts, scheme.dot(before, place), strict=True):
-                    store(held.products, after, start, lanes)
+        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
+            add(turn, None)
+        if kind not in LINES:
+            left = quads - turns * turn_quads(kind)
+            with T.If(left > 0), T.Then():
+                add(turns, left)
+
+    def add_turn(
+        self,
+        scheme: Scheme,
+        line: Expression,
+        quad: Expression,
+        left: Expression,
+        operands: Operands,
+        outputs: Outputs,
+        held: _Held,
+    ) -> None:
+        """Adds the products of a step or line of each block; `left` is as `Place` has it."""
+        rows, lanes = self.grid.rows, self.grid.lanes
+        with unrolled(self.grid.blocks) as j, unrolled(self.grid.parts) as part, unrolled(rows) as i:
+            if self.panel:
+                first, stride = (outputs.chunk * operands.row_quads + quad) * rows + i, rows
+            else:
+                first, stride = outputs.row[i] * operands.row_quads + quad, 1
+            at_line = outputs.block[j] * operands.lines + line
+            place = Place(operands.weight, at_line, part, operands.q, first, stride, held.codebook, left)
+            starts = [self.held_at(i, j, part, k) for k in range(len(scheme.shifts))]
+            before = [vector(held.products, start, lanes) for start in starts]
+            for start, after in zip(starts, scheme.dot(before, place), strict=True):
+                store(held.products, after, start, lanes)
 
     def correct(self, scheme: Scheme, group: Expression, operands: Operands, outputs: Outputs, held: _Held) -> None:
         """The sum of a group's activations, times the offset of the codes."""
@@ -188,7 +211,9 @@ class _Integer:
 
 
 def summed(scheme: Scheme, held: list[Any], lanes: int) -> Any:
-    """Factor · Σ of the accumulators of a scheme, each brought down by its shift; exact."""
+    """Factor · Σ of the accumulators of a scheme, each brought down by its shift, or what it makes of them; exact."""
+    if scheme.sum:
+        return scheme.sum(held, lanes)
     value = None
     for k in sorted(range(len(scheme.shifts)), key=lambda k: -scheme.shifts[k]):
         if value is None:

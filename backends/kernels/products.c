@@ -5,8 +5,8 @@
 
 #include "arguments.h"
 
-/* Input columns in 32 · 64 bytes of a block, over 32: lines in a step of 32 columns. */
-static const int64_t step_lines[KINDS] = {[SIGN] = 1, [INT2] = 2, [TERNARY] = 2, [INT3] = 3, [INT4] = 4,
+/* Lines in a step of 32 columns; ternary and mixed have their own rules. */
+static const int64_t step_lines[KINDS] = {[SIGN] = 1, [INT2] = 2, [TERNARY] = 0, [INT3] = 3, [INT4] = 4,
                                           [NF4] = 4,  [FP4] = 4,  [INT8] = 8,    [MIXED] = 0};
 
 static int64_t blocks_of(int64_t rows) { return (rows + 15) / 16; }
@@ -94,6 +94,10 @@ static int take_packing(struct call* call, int kind, const struct view* weight, 
     columns = (available + 127) / 128 * 128;
     first = (wide - columns) / 3;
     if (first < 0 || first > columns || 3 * first != wide - columns) first = -1;
+  } else if (kind == TERNARY) { /* 20 columns a line, the last of a group filled up */
+    const int64_t width = groups > 0 && lines % groups == 0 ? hikui_product(lines / groups, 20) / 32 * 32 : 0;
+    columns = width > 0 && (width + 19) / 20 == lines / groups ? hikui_product(width, groups) : -1;
+    first = columns;
   } else {
     columns = lines % step_lines[kind] == 0 ? hikui_product(lines / step_lines[kind], 32) : -1;
     first = columns;

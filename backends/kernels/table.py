@@ -197,7 +197,7 @@ def _stored_kinds() -> str:
     lines = ["static const struct stored_kind stored_kinds[KINDS] = {"]
     for name, kind in KINDS.items():
         codes = ", ".join(map(str, kind.codes or (0,)))
-        lines.append(f"  [{name.upper()}] = {{{kind.bits}, {kind.lines}, {{{codes}}}}},")
+        lines.append(f"  [{name.upper()}] = {{{kind.bits}, {kind.lines or 0}, {{{codes}}}}},")
     return "\n".join([*lines, "};"]) + "\n"
 
 

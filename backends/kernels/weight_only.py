@@ -9,14 +9,23 @@ A code is unpacked and converted once for all the rows of activations that are c
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import CODEBOOKS, FACTOR, LINES, OFFSET, SEGMENTS
+from hikui.backends.kernels.fields import (
+    CODEBOOKS,
+    FACTOR,
+    LINES,
+    OFFSET,
+    QUADS,
+    SEGMENTS,
+    group_lines,
+    turn_lines,
+    turn_quads,
+)
 from hikui.backends.kernels.isa.base import Buffer, Expression, Place, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.generic import codes_of
 from hikui.backends.kernels.isa.product import Run, runs, store
-
-_STEP = 32
 
 
 class _Operands(NamedTuple):
@@ -65,20 +74,39 @@ class _Sums:
 
     def add_steps(self, run: Run, operands: _Operands, held: _Held, group: Expression, first_line: Expression) -> None:
         """Adds the products of a group's steps to its sums."""
-        part = SEGMENTS[self.kind][run.segment]
-        with T.serial(T.int64(0), T.max(operands.group_steps, 1)) as step:
-            step_of_run = (group - run.first) * operands.group_steps + step
-            line = first_line + run.line + step_of_run * LINES[part]
-            place = Place(operands.weight, line, T.int64(0), None, None, codebook=held.codebook)
-            for i in range(_STEP):
-                values = codes_of(part, place, i // 4, i % 4, 16)
-                if part in FACTOR:
-                    values = values * splat(T.int32(FACTOR[part]), 16) - splat(T.int32(OFFSET[part]), 16)
-                store(held.code, to_float(values, 16), 0, 16)
-                for j in range(self.rows):
-                    at = held.row[j] * operands.columns + (group * operands.group_steps + step) * _STEP + i
-                    after = vector(held.sums, j * 16, 16) + vector(held.code, 0, 16) * splat(operands.x[at], 16)
-                    store(held.sums, after, j * 16, 16)
+        kind = SEGMENTS[self.kind][run.segment]
+        line = first_line + run.line + (group - run.first) * group_lines(kind, operands.group_steps)
+        quad, quads = group * operands.group_steps * QUADS, operands.group_steps * QUADS
+        turns = operands.group_steps if kind in LINES else quads // turn_quads(kind)
+
+        def add(turn: Expression, left: Expression) -> None:
+            here = line + turn * turn_lines(kind)
+            place = Place(operands.weight, here, T.int64(0), None, None, codebook=held.codebook, left=left)
+            self.add_turn(kind, place, (quad + turn * turn_quads(kind)) * 4, operands, held)
+
+        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
+            add(turn, None)
+        if kind not in LINES:
+            left = quads - turns * turn_quads(kind)
+            with T.If(left > 0), T.Then():
+                add(turns, left)
+
+    def add_turn(self, kind: str, place: Place, column: Expression, operands: _Operands, held: _Held) -> None:
+        """Adds the products of a step or line, whose first column is given."""
+        for i in range(turn_quads(kind) * 4):
+            values = codes_of(kind, place, i // 4, i % 4, 16)
+            if kind in FACTOR:
+                values = values * splat(T.int32(FACTOR[kind]), 16) - splat(T.int32(OFFSET[kind]), 16)
+            store(held.code, to_float(values, 16), 0, 16)
+            for j in range(self.rows):
+                at = held.row[j] * operands.columns + column
+                if place.left is None:
+                    value = operands.x[at + i]
+                else:
+                    there = operands.x[at + T.min(T.int64(i // 4), place.left - 1) * 4 + i % 4]
+                    value = tirx.Select(T.int64(i // 4) < place.left, there, T.float32(0))
+                after = vector(held.sums, j * 16, 16) + vector(held.code, 0, 16) * splat(value, 16)
+                store(held.sums, after, j * 16, 16)
 
 
 def weight_only(kind: str, rows: int, name: str) -> Any:

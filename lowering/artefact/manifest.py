@@ -30,9 +30,12 @@ TOKENIZER = "tokenizer"
 REFERENCE_TOLERANCE = "reference_tolerance"
 """Name of the metric that says how far a runner's logits may be from the reference's, relative to the largest one."""
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
-_CHANGES = {1: "int2 and int3 have other codes since then, groups fit K, and embeddings are packed"}
+_CHANGES = {
+    1: "int2 and int3 have other codes since then, groups fit K, and embeddings are packed",
+    2: "ternary codes are stored five to a byte since then",
+}
 """What an older schema's artefacts have otherwise, by its version."""
 
 _MOST_BYTES = 64 << 20
@@ -134,7 +137,7 @@ class Manifest(_Entry):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False)
 
-    schema_version: Literal[2] = Field(validation_alias="schema", serialization_alias="schema")
+    schema_version: Literal[3] = Field(validation_alias="schema", serialization_alias="schema")
     backend: str
     target: TargetEntry
     model: ModelEntry

@@ -32,6 +32,9 @@ GROUPS = (32, 64, 128)
 
 WIDEST_GROUP = 256
 
+WIDEST_TERNARY = 32768
+"""Columns that kernels add up under one scale of `ternary`: their sums of 32 bits hold 256 times the result."""
+
 MIXED = "mixed"
 FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -182,8 +185,13 @@ class Format:
         """The runs of columns stored alike: one, but two for `mixed`. `k` may be the padded number of columns.
 
         Raises:
-            UsageError: `mixed` wants more int4 columns than there are.
+            UsageError: `mixed` wants more int4 columns than there are, or `ternary` has more under a scale than kernels
+                add up.
         """
+        if self.kind == "ternary" and self.group is None and k > WIDEST_TERNARY:
+            raise UsageError(
+                f"Format '{self}' adds up {WIDEST_TERNARY} columns at most, and the matrix has {k}; take ternary-g256."
+            )
         if not self.is_mixed:
             return (Segment(self, 0, k),)
         assert self.columns is not None
@@ -214,22 +222,25 @@ class Format:
     def groups(self, k: int) -> int:
         return self.padded_k(k) // self.group_size(k)
 
-    def stored_columns(self, lines: int) -> int:
-        """Columns, padding included, in so many lines of an integer format's weight (its second dimension)."""
+    def stored_columns(self, lines: int, groups: int) -> int:
+        """Columns, padding included, of an integer format's weight with so many lines and groups (second dimensions).
+
+        Where there are no such columns, others, to whose `weight_shape` the lines do not fit.
+        """
         if self.is_mixed:
             assert self.columns is not None
             return SUM_WIDTH * lines - 3 * self.columns
-        return lines * SUM_WIDTH // KINDS[self.kind].lines
+        return groups * KINDS[self.kind].columns_of(lines // groups) if groups else 0
 
     def weight_shape(self, n: int, k: int) -> tuple[int, ...]:
         blocks = -(-n // ROWS)
         if not self.is_integer:
             return (blocks, k, ROWS)
-        self.segments(k)  # Says so where `mixed` does not fit.
+        self.segments(k)  # Says so where the format does not fit.
         if self.is_mixed:
             assert self.columns is not None
             return (blocks, (self.padded_k(k) + 3 * self.columns) // SUM_WIDTH, ROWS, 4)
-        return (blocks, self.padded_k(k) // SUM_WIDTH * KINDS[self.kind].lines, ROWS, 4)
+        return (blocks, self.groups(k) * KINDS[self.kind].lines_of(self.group_size(k)), ROWS, 4)
 
     def scale_shape(self, n: int, k: int) -> tuple[int, ...] | None:
         return (-(-n // ROWS), self.groups(k), ROWS) if self.is_integer else None

@@ -15,20 +15,37 @@ NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
 FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """The 4-bit float with two exponent bits and one mantissa bit, times two; bit 3 is the sign."""
 
+TERNARY_COLUMNS = 20
+"""Input columns in a line of `ternary`: five codes a byte, 3⁵ = 243 of its 256 values."""
+
+_STEP = 32
+
 
 @dataclass(frozen=True)
 class Kind:
     """How one kind of low-bit weight is stored.
 
     Attributes:
-        bits: of the stored field.
-        lines: lines of 64 bytes (16 rows × 4 bytes) that hold 32 input columns.
+        bits: of the stored field; for `ternary`, of which a byte holds five, what one alone would take.
+        lines: lines of 64 bytes (16 rows × 4 bytes) that hold a step of 32 input columns; None for `ternary`, whose
+            lines hold 20 columns each, the last one of a group what is left.
         codes: the integer that each stored field stands for, by field; None for `int8`, which is stored as it is.
     """
 
     bits: int
-    lines: int
+    lines: int | None
     codes: tuple[int, ...] | None
+
+    def lines_of(self, columns: int) -> int:
+        """Lines that so many columns of one group take, a multiple of 32."""
+        return -(-columns // TERNARY_COLUMNS) if self.lines is None else columns // _STEP * self.lines
+
+    def columns_of(self, lines: int) -> int:
+        """Columns, a multiple of 32, that so many lines of one group hold.
+
+        Of twenty neighbouring numbers one at most is a multiple of 32, so that the lines of `ternary` tell it too.
+        """
+        return lines * TERNARY_COLUMNS // _STEP * _STEP if self.lines is None else lines * _STEP // self.lines
 
     @cached_property
     def levels(self) -> tuple[int, ...]:
@@ -56,7 +73,7 @@ class Kind:
 KINDS = {
     "sign": Kind(1, 1, (-1, 1)),
     "int2": Kind(2, 2, tuple(range(-2, 2))),
-    "ternary": Kind(2, 2, (-1, 0, 1)),
+    "ternary": Kind(2, None, (-1, 0, 1)),
     "int3": Kind(3, 3, tuple(range(-4, 4))),
     "int4": Kind(4, 4, tuple(range(-8, 8))),
     "nf4": Kind(4, 4, NF4),

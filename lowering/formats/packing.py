@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hikui.lowering.formats.format import ROWS, SUM_WIDTH, Format, Segment, round_up
+from hikui.lowering.formats.format import ROWS, Format, Segment, round_up
 from hikui.lowering.formats.kinds import KINDS
-from hikui.lowering.formats.layout import from_lines, to_lines
+from hikui.lowering.formats.layout import from_lines, from_ternary_lines, to_lines, to_ternary_lines
 
 _NONE = 255
 """In a table of fields by code: no field."""
@@ -42,8 +42,8 @@ def pack(fmt: Format, values: Tensor, scale: Tensor | None = None) -> Packed:
         return Packed(padded.view(n16 // ROWS, ROWS, k).transpose(1, 2).contiguous(), None)
     if scale is None or scale.shape != (n, fmt.groups(k)):
         raise ValueError(f"{fmt} of a {n}×{k} matrix takes scales of shape ({n}, {fmt.groups(k)})")
-    segments = fmt.segments(fmt.padded_k(k))
-    lines = torch.cat([_pack_segment(part, values[:, part.start : part.stop]) for part in segments], 1)
+    segments, group = fmt.segments(fmt.padded_k(k)), fmt.group_size(k)
+    lines = torch.cat([_pack_segment(part, values[:, part.start : part.stop], group) for part in segments], 1)
     return Packed(lines.contiguous(), pack_scale(scale))
 
 
@@ -56,10 +56,11 @@ def pack_scale(scale: Tensor) -> Tensor:
 
 def unpack_codes(fmt: Format, weight: Tensor, n: int, k: int) -> Tensor:
     """The integer codes of a packed matrix: int8 [n, k]."""
-    parts, first = [], 0
-    for part in fmt.segments(fmt.stored_columns(weight.shape[1])):
-        last = first + (part.stop - part.start) // SUM_WIDTH * KINDS[part.format.kind].lines
-        parts.append(_codes(part.format.kind, weight[:, first:last]))
+    parts, first, group = [], 0, fmt.group_size(k)
+    for part in fmt.segments(fmt.padded_k(k)):
+        groups = (part.stop - part.start) // group
+        last = first + groups * KINDS[part.format.kind].lines_of(group)
+        parts.append(_codes(part.format.kind, weight[:, first:last], groups))
         first = last
     quads = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     return quads.transpose(1, 2).reshape(weight.shape[0] * ROWS, -1)[:n, :k].contiguous()
@@ -104,21 +105,25 @@ def _fields(part: Segment, values: Tensor) -> Tensor:
     raise ValueError(f"{part.format} takes {named}")
 
 
-def _pack_segment(part: Segment, values: Tensor) -> Tensor:
-    """Lines [blocks, lines, 16, 4] of a segment whose last columns may be padding."""
+def _pack_segment(part: Segment, values: Tensor, group: int) -> Tensor:
+    """Lines [blocks, lines, 16, 4] of a segment, in groups of so many columns, whose last columns may be padding."""
     n, k = values.shape
     kind = KINDS[part.format.kind]
     width, n16 = part.stop - part.start, round_up(n, ROWS)
     padded = F.pad(_fields(part, values), (0, width - k, 0, n16 - n), value=kind.padding)
     quads = padded.view(n16 // ROWS, ROWS, width // 4, 4).transpose(1, 2)
+    if kind.lines is None:
+        return to_ternary_lines(quads, width // group)
     return quads if kind.codes is None else to_lines(quads, kind.bits)
 
 
-def _codes(kind: str, lines: Tensor) -> Tensor:
-    """Codes int8 [blocks, quads, 16, 4]."""
+def _codes(kind: str, lines: Tensor, groups: int) -> Tensor:
+    """Codes int8 [blocks, quads, 16, 4] of lines that hold so many groups."""
     codes, step = KINDS[kind].codes, KINDS[kind].step
     if codes is None:
         return lines
+    if KINDS[kind].lines is None:
+        return from_ternary_lines(lines, groups)
     if step:
         return from_lines(lines, KINDS[kind].bits).to(torch.int8) * step + codes[0]
     fields = from_lines(lines, KINDS[kind].bits)

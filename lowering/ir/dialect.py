@@ -115,7 +115,7 @@ def _linear_a8(
     q: Tensor, q_scale: Tensor, q_sums: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, format: str, n: int
 ) -> Tensor:
     fmt, groups = _format(format), scale.shape[1]
-    kp = fmt.stored_columns(weight.shape[1])
+    kp = fmt.stored_columns(weight.shape[1], groups)
     # Torch has no quick integer product; the narrowest float that holds every partial sum exactly gives the same sums.
     largest = kp // groups * 127 * max(map(abs, fmt.levels))
     exact = torch.float32 if largest <= 2**24 else torch.float64

@@ -96,10 +96,10 @@ def _note(roles: dict[str, _Role], operand: object, role: _Role) -> None:
 
 def _note_packed(roles: dict[str, _Role], packed: PackedLinear | PackedEmbedding) -> None:
     weight, fmt, rows = packed.weight, packed.format, packed.rows
-    if not fmt.is_integer:
+    if not fmt.is_integer or packed.scale is None:
         return
     shape = tuple(weight.meta["val"].shape)
-    columns = fmt.stored_columns(int(shape[1]))
+    columns = fmt.stored_columns(int(shape[1]), int(packed.scale.meta["val"].shape[1]))
     if _fits(fmt, rows, columns, shape):
         _note(roles, weight, _Role("codes", fmt, rows, columns))
         _note(roles, packed.scale, _Role("scale", fmt, rows, columns))

@@ -59,7 +59,7 @@ def test_mutated_indexes_are_read_or_refused(edits: list[tuple[int, int, bytes]]
 def _manifest() -> bytes:
     digest = {"bytes": 1, "sha256": "0" * 64}
     content = {
-        "schema": 2, "backend": "tvm", "program": {}, "requires": {"glibc": "2.28"},
+        "schema": 3, "backend": "tvm", "program": {}, "requires": {"glibc": "2.28"},
         "metrics": {"reference_tolerance": 0.05},
         "target": {"name": "host", "triple": f"{platform.machine()}-linux-gnu", "isas": [], "features": [],
                    "emulator_cpu": None},

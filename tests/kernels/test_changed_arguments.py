@@ -11,7 +11,7 @@ from hikui.backends.kernels.standalone import DTYPES, Argument
 from hikui.lowering.formats import KINDS
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 31, 32, 33, 64, 127, 128, 129, 256)
-LINES = {"sign": 4, "int2": 8, "ternary": 8, "int3": 12, "int4": 16, "nf4": 16, "fp4": 16, "int8": 32, "mixed": 7}
+LINES = {"sign": 4, "int2": 8, "ternary": 7, "int3": 12, "int4": 16, "nf4": 16, "fp4": 16, "int8": 32, "mixed": 7}
 
 
 def _product(symbol: str) -> tuple[Argument, ...]:

@@ -8,11 +8,11 @@ from tvm.script import tirx as T
 
 from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, group_of, start
 from hikui.backends.kernels.cuda.words import signed, unpack
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
+from hikui.backends.kernels.fields import DIGITS, LINES, QUADS, SEGMENTS, Expression, turn_lines
 
 # Steps whose weights a lane asks for before it uses the first, with one row of activations. More would ask for more
 # bytes at once, but 128 steps are 4096 columns: beyond that a turn is mostly idle.
-_AHEAD = {"sign": 2, "int2": 2, "ternary": 2, "int3": 2, "int4": 2, "nf4": 1, "fp4": 1, "int8": 1}
+_AHEAD = {"sign": 2, "int2": 2, "ternary": 4, "int3": 2, "int4": 2, "nf4": 1, "fp4": 1, "int8": 1}
 
 
 class _Operands(NamedTuple):
@@ -23,8 +23,73 @@ class _Operands(NamedTuple):
     weight: Any
     scale: Any
     row_steps: Expression
+    lines: Expression
     groups: Expression
     group_factor: Expression
+    group_steps: Expression
+
+
+def _add_lines(rows: int, ahead: int) -> Any:
+    """What adds the products of the lines of ternary codes to the sums of a lane.
+
+    The quads that fill up the last line of a group are of codes 0, whatever activations stand there.
+    """
+    words = signed("ternary")
+
+    @T.inline
+    def add(lane, first_line, first_step, count, operands):
+        """As `block.Add` says, of all lines."""
+        index = T.alloc_buffer((ahead,), "int32", scope="local")
+        packed = T.alloc_buffer((ahead * 4,), "int32", scope="local")
+        codes = T.alloc_buffer((DIGITS * 4,), "int32", scope="local")
+        halves = T.alloc_buffer((4,), "float16", scope="local")
+        factor = T.alloc_buffer((4,), "float32", scope="local")
+        activation = T.alloc_buffer((DIGITS,), "int32", scope="local")
+        product = T.alloc_buffer((4,), "int32", scope="local")
+        group = T.alloc_buffer((1,), "int32", scope="local")
+        sum_of = T.alloc_buffer((1,), "int32", scope="local")
+        group_lines = operands.lines // operands.groups
+        for turn in range((operands.lines + (PLACES * ahead - 1)) // (PLACES * ahead)):
+            for u in T.unroll(ahead):
+                # Beyond the end the last line is read again, and its scale taken as 0.
+                index[u] = T.min((turn * ahead + u) * PLACES + lane.place, operands.lines - 1)
+                packed[T.ramp(u * 4, 1, 4)] = operands.weight[(first_line + index[u]) * 4 + lane.quarter]
+            for u in T.unroll(ahead):
+                unpack(words, codes, packed, u * 4, DIGITS)
+                group[0] = 0
+                if operands.groups > 1:
+                    group[0] = index[u] // group_lines
+                halves[T.ramp(0, 1, 4)] = operands.scale[
+                    (T.cast(lane.block, "int64") * operands.groups + group[0]) * 4 + lane.quarter
+                ]
+                for r in T.unroll(4):
+                    factor[r] = T.Select(
+                        (turn * ahead + u) * PLACES + lane.place < operands.lines,
+                        T.cast(halves[r], "float32"),
+                        T.float32(0),
+                    )
+                for i in T.unroll(rows):
+                    sum_of[0] = 0
+                    for f in T.unroll(DIGITS):
+                        activation[f] = operands.q[
+                            T.cast(lane.row[i], "int64") * (operands.row_steps * QUADS)
+                            + T.min(
+                                group[0] * (operands.group_steps * QUADS)
+                                + (index[u] - group[0] * group_lines) * DIGITS
+                                + f,
+                                operands.row_steps * QUADS - 1,
+                            )
+                        ]
+                        sum_of[0] = T.call_pure_extern("int32", "__dp4a", activation[f], T.int32(0x01010101), sum_of[0])
+                    for r in T.unroll(4):
+                        product[r] = -sum_of[0]
+                        for f in T.unroll(DIGITS):
+                            product[r] = T.call_pure_extern(
+                                "int32", "__dp4a", codes[f * 4 + r], activation[f], product[r]
+                            )
+                        lane.total[i * 4 + r] = lane.total[i * 4 + r] + factor[r] * T.cast(product[r], "float32")
+
+    return add
 
 
 def _add_steps(kind: str, rows: int, ahead: int, unit: float) -> Any:
@@ -121,14 +186,17 @@ def integer(kind: str, rows: int, name: str) -> Any:
     units = [signed(part).factor for part in SEGMENTS[kind]]
     common = units[0] if len(units) == 1 else 1.0
     add = [
-        _add_steps(part, rows, _AHEAD[part] if rows == 1 else 1, unit / common)
+        _add_lines(rows, ahead) if part not in LINES else _add_steps(part, rows, ahead, unit / common)
         for part, unit in zip(SEGMENTS[kind], units, strict=True)
+        for ahead in [_AHEAD[part] if rows == 1 else 1]
     ]
-    wide_lines = LINES[SEGMENTS[kind][0]]
+    wide_lines = turn_lines(SEGMENTS[kind][0])
+    # Quads of ternary begin at any multiple of four columns, steps at those of 32.
+    element, elements = ("int32x4", 2) if kind in LINES or kind == "mixed" else ("int32", QUADS)
 
     @T.prim_func(s_tir=True)
     def kernel(
-        q_data: T.handle("int32x4"),
+        q_data: T.handle(element),
         q_scale_data: T.handle("float32"),
         q_sums_data: T.handle("int32"),
         weight_data: T.handle("int32x4"),
@@ -149,7 +217,7 @@ def integer(kind: str, rows: int, name: str) -> Any:
     ):
         T.func_attr({"global_symbol": name, "tirx.noalias": True, "calling_conv": 2, "tirx.is_global_func": True})
         n_blocks = (n_size + 15) // 16
-        q = T.decl_buffer((m_size * row_steps * 2,), "int32x4", data=q_data)
+        q = T.decl_buffer((m_size * row_steps * elements,), element, data=q_data)
         q_scale = T.decl_buffer((m_size,), "float32", data=q_scale_data)
         q_sums = T.decl_buffer((m_size * row_steps,), "int32", data=q_sums_data)
         weight = T.decl_buffer((n_blocks * lines * 4,), "int32x4", data=weight_data)
@@ -169,7 +237,9 @@ def integer(kind: str, rows: int, name: str) -> Any:
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
         start(total, row, 4, rows, chunk, m_size)
-        operands = T.meta_var(_Operands(q, q_sums, weight, scale, row_steps, groups, group_factor))
+        operands = T.meta_var(
+            _Operands(q, q_sums, weight, scale, row_steps, lines, groups, group_factor, steps // groups)
+        )
         here = T.meta_var(Lane(total, row, quarter, place, block))
         add_segments(add, wide_lines, here, lines, steps, operands)
         _scale_and_branch(here, rows, common, halves, q_scale, b, t, rank)

@@ -71,7 +71,7 @@ def integer(
     m, n = y.shape
     rows = tile(m, INTEGER_ROWS)
     groups = scale.shape[1]
-    steps = _steps(kind, weight, q.shape[1])
+    steps = _steps(kind, weight, groups, q.shape[1])
     rank = 0 if t is None else t.shape[1]
     pointers = (q, q_scale, q_sums, weight, scale, bias, bias if b is None else b, bias if t is None else t, y)
     sizes = (m, n, q.shape[1] // SUM_WIDTH, weight.shape[1], groups, _factor(steps, groups), steps, rank)
@@ -83,7 +83,7 @@ def weight_only(kind: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tenso
     m, n = y.shape
     rows = tile(m, FLOAT_ROWS)
     groups = scale.shape[1]
-    steps = _steps(kind, weight, activation_k(x.shape[1]))
+    steps = _steps(kind, weight, groups, activation_k(x.shape[1]))
     symbol = weight_only_symbol(kind, str(x.dtype).removeprefix("torch."), rows)
     sizes = (m, n, x.shape[1], weight.shape[1], groups, _factor(steps, groups), steps, int(bias.numel() > 0))
     return Launch(symbol, _grid(m, n, rows), _THREADS, (x, weight, scale, bias, y, *sizes))
@@ -110,8 +110,10 @@ def _grid(m: int, n: int, rows: int) -> tuple[int, int]:
     return -(-n // ROWS), -(-m // rows)
 
 
-def _steps(kind: str, weight: Tensor, quantised: int) -> int:
-    return quantised // SUM_WIDTH if kind == MIXED else weight.shape[1] // KINDS[kind].lines
+def _steps(kind: str, weight: Tensor, groups: int, quantised: int) -> int:
+    if kind == MIXED:
+        return quantised // SUM_WIDTH
+    return groups * KINDS[kind].columns_of(weight.shape[1] // groups) // SUM_WIDTH
 
 
 def _factor(steps: int, groups: int) -> int:

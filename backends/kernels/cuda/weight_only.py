@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 
 from hikui.backends.kernels.cuda.block import PLACES, WARP, WARPS, Lane, add_segments, finish, group_of, start
 from hikui.backends.kernels.cuda.words import unpack, unsigned
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, Expression
+from hikui.backends.kernels.fields import DIGITS, LINES, QUADS, SEGMENTS, Expression, turn_lines
 
 # A byte u below these top bytes is the float 2²³ + u.
 _EXPONENT, _BASE = 0x4B000000, 8388608.0
@@ -21,8 +21,10 @@ class _Operands(NamedTuple):
     weight: Any
     scale: Any
     k_size: Expression
+    lines: Expression
     groups: Expression
     group_factor: Expression
+    group_steps: Expression
 
 
 def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
@@ -38,8 +40,8 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
     group (`block.group_of`), steps of 32 columns in the weights, whether there is a bias. x is aligned to four
     elements. Grid: ⌈N/16⌉ × ⌈M/rows⌉ blocks of 32 × 8 threads.
     """
-    add = [_add_steps(part, dtype, rows) for part in SEGMENTS[kind]]
-    wide_lines = LINES[SEGMENTS[kind][0]]
+    add = [_add_steps(part, dtype, rows) if part in LINES else _add_lines(dtype, rows) for part in SEGMENTS[kind]]
+    wide_lines = turn_lines(SEGMENTS[kind][0])
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -74,7 +76,7 @@ def weight_only(kind: str, dtype: str, rows: int, name: str) -> Any:
         quarter = lane % 4
         place = warp * (WARP // 4) + lane // 4
         start(total, row, 4, rows, chunk, m_size)
-        operands = T.meta_var(_Operands(x, weight, scale, k_size, groups, group_factor))
+        operands = T.meta_var(_Operands(x, weight, scale, k_size, lines, groups, group_factor, steps // groups))
         add_segments(add, wide_lines, Lane(total, row, quarter, place, block), lines, steps, operands)
         finish(total, 4, rows, block, chunk, lane, warp, partial, bias, has_bias, y, m_size, n_size)
 
@@ -162,6 +164,46 @@ def _add_steps(kind: str, dtype: str, rows: int) -> Any:
                     for r in T.unroll(4):
                         lane.total[i * 4 + r] = lane.total[i * 4 + r] + product[i * 4 + r] * (
                             T.cast(halves[r], "float32") * T.float32(words.factor)
+                        )
+
+    return add
+
+
+def _add_lines(dtype: str, rows: int) -> Any:
+    """What adds the products of the lines of ternary codes to the sums of a lane; the last of a group ends in zeros."""
+    words = unsigned("ternary")
+
+    @T.inline
+    def add(lane, first_line, first_step, count, operands):
+        """As `block.Add` says, of all lines."""
+        packed = T.alloc_buffer((4,), "int32", scope="local")
+        codes = T.alloc_buffer((DIGITS * 4,), "int32", scope="local")
+        halves = T.alloc_buffer((4,), "float16", scope="local")
+        activation = T.alloc_buffer((rows * 4,), dtype, scope="local")
+        value = T.alloc_buffer((1,), "float32", scope="local")
+        product = T.alloc_buffer((rows * 4,), "float32", scope="local")
+        group_lines = operands.lines // operands.groups
+        for turn in range((operands.lines + (PLACES - 1)) // PLACES):
+            if turn * PLACES + lane.place < operands.lines:
+                line = turn * PLACES + lane.place
+                group = line // group_lines
+                packed[T.ramp(0, 1, 4)] = operands.weight[(first_line + line) * 4 + lane.quarter]
+                unpack(words, codes, packed, 0, DIGITS)
+                for i in T.unroll(rows * 4):
+                    product[i] = T.float32(0)
+                for f in T.unroll(DIGITS):
+                    quad = (line - group * group_lines) * DIGITS + f
+                    if quad < operands.group_steps * QUADS:
+                        column = (group * (operands.group_steps * QUADS) + quad) * 4
+                        _read(activation, operands.x, lane.row, column, operands.k_size, rows, 1)
+                        _multiply(product, codes, f, activation, value, rows, 1, words.offset)
+                halves[T.ramp(0, 1, 4)] = operands.scale[
+                    (T.cast(lane.block, "int64") * operands.groups + group) * 4 + lane.quarter
+                ]
+                for i in T.unroll(rows):
+                    for r in T.unroll(4):
+                        lane.total[i * 4 + r] = lane.total[i * 4 + r] + product[i * 4 + r] * T.cast(
+                            halves[r], "float32"
                         )
 
     return add

@@ -16,7 +16,7 @@ from hikui.lowering.formats import FP4, NF4
 
 # The bit that a field's lowest bit goes to. Of int3 and int2 one field in two or four then needs no shift; those that
 # move up are shifted by the multiplier, which leaves the other pipe to the masks. A bit of sign becomes the byte's top.
-_PLACE = {"sign": 7, "int2": 4, "ternary": 4, "int3": 3, "int4": 0}
+_PLACE = {"sign": 7, "int2": 4, "int3": 3, "int4": 0}
 
 
 _CODEBOOKS = {"nf4": NF4, "fp4": FP4}
@@ -32,8 +32,8 @@ class Words:
     Attributes:
         offset: what bytes are above the codes (times the factor).
         factor: the code for one unit of a byte; a power of two, so that a scale times it is exact.
-        field: `field(load, f)` is the int32 that holds columns 4f … 4f+3 of a step, `load(l)` the packed word of the
-            step's line l.
+        field: `field(load, f)` is the int32 that holds columns 4f … 4f+3 of a step, or of ternary a line, `load(l)` the
+            packed word of its line l.
     """
 
     offset: int
@@ -45,6 +45,8 @@ def signed(kind: str) -> Words:
     """Bytes −128…127, for integer dot products."""
     if kind == "int8":
         return Words(0, 1.0, _as_stored)
+    if kind == "ternary":
+        return Words(1, 1.0, _ternary)
     if kind in _CODEBOOKS:
         return Words(0, 1.0, _looked_up(_CODEBOOKS[kind], 0))
     offset, factor = _uniform(kind)
@@ -56,19 +58,21 @@ def unsigned(kind: str) -> Words:
     """Bytes 0…255, for conversion to float."""
     if kind == "int8":
         return Words(128, 1.0, _flipped)
+    if kind == "ternary":
+        return signed(kind)
     if kind in _CODEBOOKS:
         return Words(128, 1.0, _looked_up(_CODEBOOKS[kind], 128))
     return Words(*_uniform(kind), _masked(kind))
 
 
-def unpack(words: Words, codes: Any, packed: Any, first: Expression) -> None:
+def unpack(words: Words, codes: Any, packed: Any, first: Expression, quads: int = QUADS) -> None:
     """Fills codes[4f + r] with field f of row r of a step; the word of line l, row r is packed[first + 4l + r]."""
     for row in range(4):
 
         def load(line: int, row: int = row) -> Expression:
             return packed[first + (line * 4 + row)]
 
-        for f in range(QUADS):
+        for f in range(quads):
             T.buffer_store(codes, words.field(load, f), [f * 4 + row])
 
 
@@ -99,6 +103,21 @@ def _masked(kind: str) -> Callable[[Load, int], Expression]:
         return parts[0] if len(parts) == 1 else parts[0] | parts[1]
 
     return field
+
+
+def _ternary(load: Load, f: int) -> Expression:
+    """The codes plus one: a byte plus 128 is t, 3ᶠ·t modulo 256 a state, and of thrice that the upper byte is a code.
+
+    Even and odd bytes are apart in halves of words, where 81 · 255 fits.
+    """
+    word = load(0) ^ _every_byte(0x80)
+    pair = _int32(0x00FF00FF)
+
+    def tripled(half: Expression) -> Expression:
+        state = half if f == 0 else (half * T.int32(3**f)) & pair
+        return state * T.int32(3)
+
+    return _permuted(tripled(word & pair), tripled(_shifted(word, 8) & pair), _int32(0x7351))
 
 
 def _looked_up(codes: tuple[int, ...], offset: int) -> Callable[[Load, int], Expression]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.fields import CODEBOOKS, LINES, pieces
+from hikui.backends.kernels.isa import ternary
 from hikui.backends.kernels.isa.base import (
     Expression,
     Isa,
@@ -121,14 +122,26 @@ def _int8(totals: Sequence[Expression], place: Place) -> list[Expression]:
     return [totals[0] + _signed(_lines("int8", place), place, 1)[0]]
 
 
+def _ternary(totals: Sequence[Expression], place: Place) -> list[Expression]:
+    """Activations with the sign of a code, or zero, need no product; their sums with ones do not saturate."""
+    ones = splat(T.uint8(1), 32)
+    sums = None
+    for i, code in enumerate(ternary.codes(line_bytes(place, 0, _LANES), 32, chained=True)):
+        pair = _pairs(ones, intrinsic("int8x32", "llvm.x86.avx2.psign.b", _bytes(_quad(place, i)), code))
+        sums = pair if sums is None else sums + pair
+    return [totals[0] + _widened(sums)]
+
+
 def _scheme(kind: str, size: str) -> Scheme:
+    if kind == "ternary":
+        return Scheme("avx2 signs", _ternary, (0,), 1, 0)
     if kind == "int8":
         return Scheme("avx2", _int8, (0,), 1, 0)
     if kind in CODEBOOKS:
         return Scheme("avx2 table", _codebook(kind), (0,), 1, 0)
     if kind == "sign":
         return uniform(kind, "avx2 in place", _sign)
-    largest = {"int2": 3, "ternary": 3, "int3": 7, "int4": 15}[kind]
+    largest = {"int2": 3, "int3": 7, "int4": 15}[kind]
     return uniform(kind, "avx2", _unsigned(kind, largest))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.fields import CODEBOOKS, LINES, SEGMENTS, pieces
+from hikui.backends.kernels.isa import ternary
 from hikui.backends.kernels.isa.base import (
     Expression,
     Isa,
@@ -106,16 +107,35 @@ def _int8(lines: list[Expression]) -> Operands:
     return [(codes ^ splat(T.uint8(128), 64), 0) for codes in lines]
 
 
+def _ternary_single(totals: Sequence[Expression], place: Place) -> list[Expression]:
+    """Products of states, all of them plus 128, as they must not be below zero."""
+    whole, rest = totals
+    above = line_bytes(place, 0, _LANES) ^ splat(T.uint8(128), 64)
+    for i, (state, after) in enumerate(ternary.pairs(above, 64, chained=True)):
+        whole, rest = (_accumulate(total, each, place.quad(i)) for total, each in ((whole, state), (rest, after)))
+    return [whole, rest]
+
+
+def _ternary_fields(totals: Sequence[Expression], place: Place) -> list[Expression]:
+    total = totals[0]
+    for i, field in enumerate(ternary.fields(line_bytes(place, 0, _LANES), 64, chained=True)):
+        total = _accumulate(total, field, place.quad(i))
+    return [total]
+
+
 _IN_PLACE: dict[str, tuple[Callable[[list[Expression]], Operands], tuple[int, ...]]] = {
     "sign": (_sign_in_place, (0, 1, 2, 3)),
     "int2": (_int2_in_place, (0, 2)),
-    "ternary": (_int2_in_place, (0, 2)),
     "int3": (_int3_in_place, (0, 3)),
     "int4": (_int4_in_place, (0, 4)),
 }
 
 
 def _scheme(kind: str, size: str) -> Scheme:
+    if kind == "ternary":
+        if size == "single":
+            return Scheme(f"vnni {ternary.NAME}", _ternary_single, (0, 0), 1, 1, sum=ternary.of_differences)
+        return Scheme("vnni", _ternary_fields, (0,), 1, 1)
     if kind == "int8":
         return Scheme("vnni", _scheme_dot(_int8, kind), (0,), 1, 128)
     if kind in CODEBOOKS:

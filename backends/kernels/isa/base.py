@@ -30,7 +30,7 @@ class Tile(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a step of 32 input columns lies.
+    """Where a step of 32 input columns lies, or of `ternary` a line of 20.
 
     Attributes:
         weight: the weights as int32, 16 values a line.
@@ -40,6 +40,7 @@ class Place(NamedTuple):
         first: the step's first quad.
         stride: how far the next quad is.
         codebook: the scheme's table as a buffer of int32, where it has one.
+        left: how many quads there are; those beyond count as zeros. None: all that the lines hold.
     """
 
     weight: Buffer
@@ -49,10 +50,14 @@ class Place(NamedTuple):
     first: Expression
     stride: int = 1
     codebook: Buffer = None
+    left: Expression = None
 
     def quad(self, index: int) -> Expression:
         """A quad of the step."""
-        return self.quads[self.first + index * self.stride]
+        if self.left is None:
+            return self.quads[self.first + index * self.stride]
+        there = self.quads[self.first + T.min(T.int64(index), self.left - 1) * self.stride]
+        return tirx.Select(T.int64(index) < self.left, there, T.int32(0))
 
 
 Dot = Callable[[Sequence[Expression], Place], Sequence[Expression]]
@@ -69,6 +74,7 @@ class Scheme:
             byte need no instruction to bring them down, but an accumulator of their own.
         factor, offset: a code is factor · v − offset for the value v that `dot` multiplies.
         codebook: a table that `dot` reads, if it needs one in memory.
+        sum: `sum(accumulators, lanes)` is the sum of products, where it is another than what shifts and factor say.
     """
 
     name: str
@@ -77,6 +83,7 @@ class Scheme:
     factor: int
     offset: int
     codebook: tuple[int, ...] | None = None
+    sum: Callable[[Sequence[Expression], int], Expression] | None = None
 
 
 def uniform(kind: str, name: str, dot: Dot, shifts: tuple[int, ...] = (0,)) -> Scheme:

@@ -7,8 +7,8 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, SEGMENTS
-from hikui.backends.kernels.isa import generic, lookup, side_by_side, tiled
+from hikui.backends.kernels.fields import DIGITS, LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.isa import generic, lookup, side_by_side, ternary, tiled
 from hikui.backends.kernels.isa.base import (
     SIZES,
     Expression,
@@ -18,6 +18,7 @@ from hikui.backends.kernels.isa.base import (
     intrinsic,
 )
 from hikui.backends.kernels.isa.neon_fields import described, operands_of
+from hikui.backends.kernels.isa.panel import panel
 from hikui.backends.kernels.isa.tiled import Panel, starting_offset, summed
 
 _ORDER = (0, 1, 2, 3, 4, 5, 7, 6)
@@ -73,16 +74,63 @@ def _panel(kind: str, size: str, rows: int, parts: int, prepared: bool) -> Panel
     )
 
 
+def _ternary_panel(rows: int, parts: int, prepared: bool) -> Panel:
+    """As `_panel`; one row of activations is multiplied with states, several with the codes that they give."""
+    differences = rows == 1
+    share = rows * parts
+
+    def operands(line: Expression) -> list[list[Expression]]:
+        if differences:
+            return [list(pair) for pair in ternary.pairs(line, 16)]
+        return [[code] for code in ternary.codes(line, 16)]
+
+    def step(totals: Sequence[Any], line: Callable[..., Expression], quads: Callable[..., Expression]) -> Any:
+        held = [list(of_block) for of_block in totals]
+        for block in range(len(held)):
+            unpacked = [operands(line(block, part, 0)) for part in range(parts)]
+            for field, part, row in product(range(DIGITS), range(parts), range(rows)):
+                if prepared:
+                    quad = field * rows + row
+                    four, lane = quads(0, quad // 4), quad % 4
+                else:
+                    # Four quads from the first on, and from the second on for the last of five.
+                    four, lane = (quads(row, 0), field) if field < 4 else (quads(row, 1), 3)
+                for to, codes in enumerate(unpacked[part][field]):
+                    k = to * share + row * parts + part
+                    held[block][k] = _accumulate(held[block][k], codes, four, lane)
+        return held
+
+    def sums(totals: Sequence[Expression]) -> list[Expression]:
+        return [ternary.of_differences(totals[k::share], 4) for k in range(share)] if differences else list(totals)
+
+    return Panel(
+        name=f"sdot {ternary.NAME}" if differences else "sdot",
+        kind="ternary",
+        rows=rows,
+        parts=parts,
+        accumulators=share * (2 if differences else 1),
+        step=step,
+        sums=sums,
+        by_row=lambda values: [values[row] for row in range(rows) for _ in range(parts)],
+        by_part=lambda values: list(values) * rows,
+        in_rows=list,
+        prepared=QUADS if prepared else 0,
+    )
+
+
 def _special(kind: str, size: str) -> Special:
     if (kind, size) == ("sign", "single"):
         return lookup.SIGN
     # 16 accumulators of 4 lanes at most: the other half of the registers is for weights, masks and activations.
     if size == "single":
-        rows, parts, blocks = 1, 4, {"int2": 1, "ternary": 1, "int3": 1}.get(kind, 4)
+        rows, parts, blocks = 1, 4, {"int2": 1, "ternary": 2, "int3": 1}.get(kind, 4)
     else:
         rows, parts, blocks = (4, 2, 1) if size == "few" else (8, 2, 1)
     prepared = size == "many"
-    panels = [_panel(segment, size, rows, parts, prepared) for segment in SEGMENTS[kind]]
+    if kind == "ternary":
+        panels = [_ternary_panel(rows, parts, prepared)]
+    else:
+        panels = [_panel(segment, size, rows, parts, prepared) for segment in SEGMENTS[kind]]
     name = " + ".join(dict.fromkeys(panel.name for panel in panels))
 
     def build(isa: Isa, kind: str, size: str, symbol: str) -> Any:
@@ -90,6 +138,9 @@ def _special(kind: str, size: str) -> Special:
 
     if not prepared:
         return Special(name, blocks, build)
+
+    if kind == "ternary":
+        return Special(name, blocks, build, f"panel_{rows}", lambda isa, symbol: panel(rows, symbol), 4 * QUADS)
 
     def prepare(isa: Isa, symbol: str) -> Any:
         return side_by_side.prepare(rows, lambda field: (field * rows, 1), symbol)

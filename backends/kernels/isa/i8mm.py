@@ -89,7 +89,7 @@ def _operands(kind: str) -> Callable[[list[Expression]], list[Sequence[Expressio
         return lambda lines: [_interleaved(lines[f], lines[f + _PAIRS]) for f in range(_PAIRS)]
     if kind in CODEBOOKS:
         return _codebook(kind)
-    return {"sign": _sign, "int2": _int2, "ternary": _int2, "int3": _int3, "int4": _nibbles}[kind]
+    return {"sign": _sign, "int2": _int2, "int3": _int3, "int4": _nibbles}[kind]
 
 
 def _panel(kind: str, rows: int, parts: int) -> Panel:
@@ -148,7 +148,8 @@ def _panel(kind: str, rows: int, parts: int) -> Panel:
 
 
 def _special(kind: str, size: str) -> Special:
-    if size == "single":
+    # A line of ternary holds five quads, which are no pairs.
+    if size == "single" or kind == "ternary":
         return dotprod.ISA.special[kind, size]
     rows, parts = (4, 2) if size == "few" else (8, 2)
     panels = [_panel(segment, rows, parts) for segment in SEGMENTS[kind]]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES
+from hikui.backends.kernels.fields import turn_lines
 from hikui.backends.kernels.isa import lookup
 from hikui.backends.kernels.isa.base import SIZES, Expression, Isa, Place, Scheme, Tile, intrinsic, line_bytes, splat
 from hikui.backends.kernels.isa.neon_fields import Operands, described, operands_of
@@ -58,8 +58,8 @@ def _scheme(kind: str, size: str) -> Scheme:
     add = _wide if kind in ("int8", "nf4") else _narrow
 
     def dot(totals: Sequence[Expression], place: Place) -> list[Expression]:
-        lines = [line_bytes(place, i, 4) for i in range(LINES[kind])]
-        return add(totals, operands(lines), lambda i: place.quads[place.first + i])
+        lines = [line_bytes(place, i, 4) for i in range(turn_lines(kind))]
+        return add(totals, operands(lines), place.quad)
 
     return described(kind, "smull", dot, shifts)
 

@@ -6,6 +6,7 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 from hikui.backends.kernels.fields import CODEBOOKS, pieces
+from hikui.backends.kernels.isa import ternary
 from hikui.backends.kernels.isa.base import Expression, Scheme, constant, field_values, intrinsic, splat, uniform
 
 Operands = Sequence[tuple[Expression, int]]
@@ -78,14 +79,16 @@ def _codebook(kind: str) -> Callable[[list[Expression]], Operands]:
 
 
 def operands_of(kind: str, size: str) -> tuple[Callable[[list[Expression]], Operands], tuple[int, ...]]:
-    """How the lines of a step become operands of sdot, and the shifts of the accumulators."""
+    """How the lines of a step, or of `ternary` a line, become operands of sdot, and the shifts of the accumulators."""
     if kind == "sign":
         return sign_operands, (0,)
     if kind == "int8":
         return lambda lines: [(line, 0) for line in lines], (0,)
+    if kind == "ternary":
+        return lambda lines: [(code, 0) for code in ternary.codes(lines[0], 16)], (0,)
     if kind in CODEBOOKS:
         return _codebook(kind), (0,)
-    if size == "single" and kind in ("int2", "ternary"):
+    if size == "single" and kind == "int2":
         return _int2_in_place, (0, 2, 4)
     if kind == "int3":
         return (_int3_in_place, (0, 3)) if size == "single" else (_int3, (0,))
@@ -96,7 +99,7 @@ def described(kind: str, name: str, dot: Callable[..., Sequence[Expression]], sh
     """A scheme that multiplies what `operands_of` gives."""
     if kind == "sign":
         return Scheme(f"{name} cmtst", dot, shifts, -2, 1)
-    if kind == "int8":
+    if kind in ("int8", "ternary"):
         return Scheme(name, dot, shifts, 1, 0)
     if kind in CODEBOOKS:
         return Scheme(f"{name} table", dot, shifts, 1, 0)

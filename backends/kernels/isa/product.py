@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS
+from hikui.backends.kernels.fields import QUADS, SEGMENTS, group_lines
 from hikui.backends.kernels.isa.base import Buffer, Expression, prefetch, splat, to_float, unrolled, vector
 
 
@@ -77,7 +77,7 @@ def runs(kind: str, groups: Expression, split: Expression, group_steps: Expressi
     zero = T.int64(0)
     if len(SEGMENTS[kind]) == 1:
         return [Run(0, zero, groups, zero)]
-    behind = split * group_steps * LINES[SEGMENTS[kind][0]]
+    behind = split * group_lines(SEGMENTS[kind][0], group_steps)
     return [Run(0, zero, split, zero), Run(1, split, groups, behind)]
 
 

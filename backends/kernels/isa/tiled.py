@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS
+from hikui.backends.kernels.fields import LINES, QUADS, group_lines, turn_lines, turn_quads
 from hikui.backends.kernels.isa.base import Buffer, Expression, intrinsic, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.product import (
     Grid,
@@ -57,9 +57,10 @@ class Panel:
         start: the sum of a row's activations times this is where the last rows · parts accumulators start, the others
             at 0.
         behind: the sum of a row's activations times this comes to the sums.
-        prepared: quads that a `prepare_kernel` made of a step of a row, `rows` rows at a time; 0: q itself is read.
+        prepared: quads that a `prepare_kernel` made of a step of a row, `rows` rows at a time; 0: q itself is read. 8:
+            those of q, quad by quad of all rows.
         prefix: whether the last of them is the sum of the activations from the first column on.
-        longest: the most steps that the accumulators hold the sum of; 0: any number.
+        longest: the most steps that the accumulators hold the sum of; 0: any number, as of kinds not stored in steps.
         first: `first(steps)` are the first values of the accumulators that do not depend on the activations.
     """
 
@@ -275,7 +276,7 @@ class _Tiles:
         panel, group_steps = self.panels[run.segment], band.operands.group_steps
         with T.serial(run.first, run.last) as group:
             of_rows = self.sums_of_rows(panel, group, band)
-            line = run.line + (group - run.first) * group_steps * LINES[panel.kind]
+            line = run.line + (group - run.first) * group_lines(panel.kind, group_steps)
             # One run is the common case; a loop of runs would keep more in registers than there are.
             if not panel.longest:
                 self.add_steps(panel, _Steps(group, T.int64(0), group_steps, line, of_rows), band)
@@ -308,11 +309,20 @@ class _Tiles:
         for k, value in enumerate(_first_values(panel, steps)):
             for j in range(blocks):
                 store(held.products, value, self.held_at(j, k), _LANES)
+        turns = steps.count if panel.kind in LINES else steps.count * QUADS // turn_quads(panel.kind)
+
+        def add(turn: Expression, left: Expression) -> None:
+            line = steps.line + (steps.first + turn) * turn_lines(panel.kind)
+            quad = (steps.group * operands.group_steps + steps.first) * QUADS + turn * turn_quads(panel.kind)
+            self.add_step(panel, [block[j] * operands.lines + line for j in range(blocks)], quad, left, band)
+
         # There is at least one step; said so, LLVM keeps the conversion to float out of the loop.
-        with T.serial(T.int64(0), T.max(steps.count, 1)) as step:
-            line = steps.line + (steps.first + step) * LINES[panel.kind]
-            quad = (steps.group * operands.group_steps + steps.first + step) * QUADS
-            self.add_step(panel, [block[j] * operands.lines + line for j in range(blocks)], quad, band)
+        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
+            add(turn, None)
+        if panel.kind not in LINES:
+            left = steps.count * QUADS - turns * turn_quads(panel.kind)
+            with T.If(left > 0), T.Then():
+                add(turns, left)
         behind = _behind(panel, steps)
         for j in range(blocks):
             start = (block[j] * operands.groups + steps.group) * 16 + band.index * (parts * _LANES)
@@ -324,8 +334,11 @@ class _Tiles:
                 at = self.at(band.index, j, i)
                 store(held.total, vector(held.total, at, _LANES) + spread[i] * to_float(whole, _LANES), at, _LANES)
 
-    def add_step(self, panel: Panel, lines: list[Expression], quad: Expression, band: _Band) -> None:
-        """Adds the products of a step, whose first line in each block is given, to the accumulators."""
+    def add_step(self, panel: Panel, lines: list[Expression], quad: Expression, left: Expression, band: _Band) -> None:
+        """Adds the products of a step, whose first line in each block is given, to the accumulators.
+
+        Of quads beyond `left`, if it is given, the products are zero.
+        """
         operands, products = band.operands, band.held.products
 
         def line_of(j, part, i):
@@ -335,6 +348,12 @@ class _Tiles:
             return vector(operands.weight, start + (band.index * self.grid.parts + part) * 16, 16)
 
         def quads_of(i, first):
+            if left is not None:
+                return self.quads_left(i, first, quad, left, band)
+            if self.prepared == QUADS:
+                return vector(
+                    operands.q, (band.outputs.chunk * operands.row_quads + quad) * self.grid.rows + first * 4, 4
+                )
             if self.prepared:
                 step = (band.outputs.chunk * operands.row_quads + quad) // QUADS
                 return vector(operands.q, step * (self.grid.rows * self.prepared) + first * _LANES, _LANES)
@@ -347,6 +366,25 @@ class _Tiles:
         for j, totals in enumerate(panel.step(before, line_of, quads_of)):
             for k, after in enumerate(totals):
                 store(products, after, self.held_at(j, k), _LANES)
+
+    def quads_left(self, i: int, first: int, quad: Expression, left: Expression, band: _Band) -> Expression:
+        """As `quads` of `Panel.step`, zeros in place of quads that are not there."""
+        operands, rows = band.operands, self.grid.rows
+        if self.prepared:
+            start = (band.outputs.chunk * operands.row_quads + quad) * rows
+            index = first * _LANES // rows
+            there = vector(operands.q, start + T.min(T.int64(index), left - 1) * rows + first * _LANES % rows, _LANES)
+            return tirx.Select(splat(T.int64(index) < left, _LANES), there, splat(T.int32(0), _LANES))
+        start = band.outputs.row[i] * operands.row_quads + quad
+        four = [
+            tirx.Select(
+                T.int64(first + lane) < left,
+                operands.q[start + T.min(T.int64(first + lane), left - 1)],
+                T.int32(0),
+            )
+            for lane in range(_LANES)
+        ]
+        return tirx.Shuffle(four, list(range(_LANES)))
 
 
 def _first_values(panel: Panel, steps: _Steps) -> Sequence[Expression]:

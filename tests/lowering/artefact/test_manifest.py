@@ -115,14 +115,18 @@ def test_a_folder_without_a_manifest_and_damaged_ones(artefact: Artefact, tmp_pa
 
 
 def test_another_schema_version_is_refused(artefact: Artefact) -> None:
-    edit(artefact, lambda content: content.update(schema=3))  # type: ignore[call-overload]
-    with pytest.raises(HikuiError, match="has schema version 3, but this hikui reads 2"):
+    edit(artefact, lambda content: content.update(schema=4))  # type: ignore[call-overload]
+    with pytest.raises(HikuiError, match="has schema version 4, but this hikui reads 3"):
         Artefact.load(artefact.directory)
 
 
-def test_an_artefact_with_the_old_codes_is_refused(artefact: Artefact) -> None:
-    edit(artefact, lambda content: content.update(schema=1))  # type: ignore[call-overload]
-    said = "has schema version 1, this hikui reads 2: int2 and int3 have other codes since then.*lower the model again"
+@pytest.mark.parametrize(
+    ("version", "change"),
+    [(1, "int2 and int3 have other codes since then"), (2, "ternary codes are stored five to a byte since then")],
+)
+def test_an_artefact_with_the_old_codes_is_refused(artefact: Artefact, version: int, change: str) -> None:
+    edit(artefact, lambda content: content.update(schema=version))  # type: ignore[call-overload]
+    said = f"has schema version {version}, this hikui reads 3: {change}.*lower the model again"
     with pytest.raises(HikuiError, match=said):
         Artefact.load(artefact.directory)
 

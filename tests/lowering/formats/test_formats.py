@@ -1,5 +1,7 @@
 """Formats: round trips, true bits, and the layout that kernels rely on."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -38,7 +40,11 @@ def test_integer_round_trip(fmt: Format, n: int, k: int, seed: int) -> None:
     assert tuple(packed.weight.shape) == fmt.weight_shape(n, k)
     assert tuple(packed.scale.shape) == fmt.scale_shape(n, k)
     assert packed.weight.dtype == fmt.weight_dtype and packed.weight.is_contiguous()
-    assert fmt.stored_columns(packed.weight.shape[1]) == fmt.padded_k(k) == fmt.groups(k) * fmt.group_size(k)
+    assert (
+        fmt.stored_columns(packed.weight.shape[1], packed.scale.shape[1])
+        == fmt.padded_k(k)
+        == fmt.groups(k) * fmt.group_size(k)
+    )
     assert torch.equal(formats.unpack_codes(fmt, packed.weight, n, k), codes.to(torch.int8))
     assert torch.equal(formats.unpack_scale(fmt, packed.scale, n, k), scale)
     group = fmt.group_size(k)
@@ -68,7 +74,7 @@ PLACES = {
     "int3": THREE,
     "int4": {f: [(f // 2, 4 * (f % 2) + bit) for bit in range(4)] for f in range(8)},
 }
-PLACES |= {"ternary": PLACES["int2"], "nf4": PLACES["int4"], "fp4": PLACES["int4"]}
+PLACES |= {"nf4": PLACES["int4"], "fp4": PLACES["int4"]}
 
 
 @pytest.mark.parametrize("kind", PLACES)
@@ -76,20 +82,54 @@ def test_layout_is_the_documented_one(kind: str) -> None:
     """Every bit of every column, read where the table of the layout says it is."""
     n, k = 19, 72
     fmt = Format(kind, 32)
-    table = KINDS[kind].codes
-    assert table is not None
+    table, lines = KINDS[kind].codes, KINDS[kind].lines
+    assert table is not None and lines is not None
     codes = draw_codes(fmt, n, k, torch.Generator().manual_seed(1))
     weight = formats.pack(fmt, codes, torch.ones(n, 3)).weight
     used = {place for places in PLACES[kind].values() for place in places}
-    assert used == {(line, bit) for line in range(KINDS[kind].lines) for bit in range(8)}, "no bit is wasted"
+    assert used == {(line, bit) for line in range(lines) for bit in range(8)}, "no bit is wasted"
     for row in (0, 7, 18):
         for column in range(k):
             step, field, lane = column // 32, column % 32 // 4, column % 4
             stored = 0
             for at, (line, bit) in enumerate(PLACES[kind][field]):
-                byte = int(weight[row // 16, step * KINDS[kind].lines + line, row % 16, lane])
+                byte = int(weight[row // 16, step * lines + line, row % 16, lane])
                 stored |= (byte >> bit & 1) << at
             assert table[stored] == int(codes[row, column])
+
+
+@pytest.mark.parametrize(("group", "k"), [(32, 72), (96, 192), (160, 300), (None, 72), (None, 576), (None, 1536)])
+def test_ternary_codes_are_the_digits_of_a_byte(group: int | None, k: int) -> None:
+    """A byte is a fraction of 256 whose balanced ternary digits are the codes of five quads, read exactly."""
+    n, fmt = 19, Format("ternary", group)
+    codes = draw_codes(fmt, n, k, torch.Generator().manual_seed(3))
+    codes[:4] = torch.tensor([[-1], [0], [1], [-1]])
+    codes[3, 1::2] = 1
+    weight = formats.pack(fmt, codes, torch.ones(n, fmt.groups(k))).weight.view(torch.int8)
+    width, lines = fmt.group_size(k), -(-fmt.group_size(k) // 20)
+    assert weight.shape[1] == fmt.groups(k) * lines
+    for row in (0, 1, 2, 3, 7, 18):
+        for column in range(k):
+            line, within = column // width * lines + column % width // 20, column % width % 20
+            left, digit = Fraction(int(weight[row // 16, line, row % 16, column % 4]), 256), 0
+            for _ in range(within // 4 + 1):
+                digit = round(3 * left)
+                left = 3 * left - digit
+            assert digit == int(codes[row, column])
+
+
+def test_the_last_line_of_a_ternary_group_ends_in_zeros() -> None:
+    fmt = Format("ternary")
+    weight = formats.pack(fmt, torch.full((1, 32), -1), torch.ones(1, 1)).weight.view(torch.int8)
+    # Three of five quads are there: −(81 + 27 + 9) · 256 / 243.
+    assert weight[0, :, 0].tolist() == [[round(-121 * 256 / 243)] * 4, [round(-117 * 256 / 243)] * 4]
+
+
+def test_a_row_of_ternary_codes_that_no_kernel_adds_up_is_refused() -> None:
+    assert Format("ternary").weight_shape(16, 32768) == (1, 1639, 16, 4)
+    assert Format("ternary", 256).weight_shape(16, 32800) is not None
+    with pytest.raises(UsageError, match="adds up 32768 columns at most, and the matrix has 32769; take ternary-g256"):
+        Format("ternary").weight_shape(16, 32769)
 
 
 def test_int8_is_stored_as_it_is() -> None:
@@ -107,9 +147,9 @@ def test_padding_holds_code_zero_where_there_is_one() -> None:
         held[kind] = (
             int(formats.pack(fmt, torch.full((3, 8), fmt.levels[-1]), torch.ones(3, 1)).weight[0, 0, 5, 1]) & 255
         )
-    # Fields of one line: code 0 of int4 is 8, of int3 4, of int2 2, of nf4 7, of fp4 0, of ternary 1; sign has none.
+    # Fields of one line: code 0 of int4 is 8, of int3 4, of int2 2, of nf4 7, of fp4 0; of others the byte is 0.
     due = {"sign": 0, "int2": 0b10101010, "int3": 0b00100100, "int4": 0x88, "nf4": 0x77, "fp4": 0, "int8": 0}
-    assert held == due | {"ternary": 0b01010101}
+    assert held == due | {"ternary": 0}
 
 
 def test_every_kind_of_more_than_one_bit_has_a_zero() -> None:
@@ -173,7 +213,9 @@ def test_codebooks_are_the_published_ones() -> None:
         ("sign-g128", 64, 256, 1.125),
         ("int2-g64", 64, 256, 2.25),
         ("int3-g128", 64, 256, 3.125),
-        ("ternary-g128", 64, 256, 2.125),
+        ("ternary-g128", 64, 256, 1.875),
+        ("ternary-g256", 64, 256, 1.6875),
+        ("ternary-channel", 64, 640, 1.625),
         ("nf4-g32", 64, 256, 4.5),
         # A quarter of the columns at 4 bits, the rest at 1, and 32 bits a column for 1024 rows.
         ("mixed-g128-c256", 1024, 1024, 0.25 * 4 + 0.75 + 0.125 + 32 / 1024),
