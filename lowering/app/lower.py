@@ -144,7 +144,8 @@ def prepare(
         # Passes say themselves what theirs depends on, so that another budget need not measure anew.
         kinds = [type(step) for step in chosen.build(known)]
         read = f"{settings.samples} windows to measure on, {settings.training} to learn from"
-        kept = Resume(finished / run_key(traced, read, data.chunks if data else (), kinds))
+        windows = (*data.chunks, *data.long) if data else ()
+        kept = Resume(finished / run_key(traced, read, windows, kinds))
         if not only_assign:
             _forget(finished, kept, pipeline.scopes())
     context = PassContext(
@@ -156,7 +157,7 @@ def prepare(
         jobs=execution.jobs,
         announce=execution.announce,
         warn=warn,
-        training=Calibration(data.chunks[: settings.training], data.source) if data and settings.training else None,
+        training=_to_learn_from(data, settings),
     )
     lowered = pipeline.run(traced, context)
     return Prepared(
@@ -173,6 +174,13 @@ def prepare(
         tuple(notices),
         fidelity,
     )
+
+
+def _to_learn_from(data: Calibration | None, settings: CalibrationSettings) -> Calibration | None:
+    """The windows of passes that learn; None where they are those that are measured on."""
+    if data is None or not settings.training:
+        return None
+    return Calibration((*data.chunks[: settings.training], *data.long), data.source)
 
 
 def _passes(recipe: Recipe, known: dict[str, type[Pass]], only_assign: bool) -> list[Pass]:
@@ -226,7 +234,11 @@ def read_calibration(program: Program, path: Path | None, settings: CalibrationS
     """
     if path is None and program.tokenizer is None:
         return calibrations.random_tokens(
-            program.config, samples=settings.windows, tokens=settings.tokens, seed=settings.seed
+            program.config,
+            samples=settings.windows,
+            tokens=settings.tokens,
+            seed=settings.seed,
+            long=settings.long,
         )
     documents = text.read_documents(calibration.path() if path is None else path)
     if program.tokenizer is None:
@@ -241,6 +253,7 @@ def read_calibration(program: Program, path: Path | None, settings: CalibrationS
         tokens=settings.tokens,
         seed=settings.seed,
         source=(calibration.path() if path is None else path).name,
+        long=settings.long,
     )
 
 
@@ -333,11 +346,12 @@ def _calibration_entry(data: Calibration, path: Path | None, settings: Calibrati
     """What the manifest says of it; tokens that no text gave are hashed themselves."""
     if path is None and data.source == calibration.path().name:
         path = calibration.path()
-    tokens = b"".join(chunk.numpy().tobytes() for chunk in data.chunks)
+    windows = (*data.chunks, *data.long)
+    tokens = b"".join(chunk.numpy().tobytes() for chunk in windows)
     return {
         "text": data.source,
         "sha256": hashlib.sha256(tokens).hexdigest() if path is None else artefacts.sha256(path),
-        "samples": len(data.chunks),
-        "tokens": sum(int(chunk.shape[1]) for chunk in data.chunks),
+        "samples": len(windows),
+        "tokens": sum(int(chunk.shape[1]) for chunk in windows),
         "seed": settings.seed,
     }

@@ -12,6 +12,7 @@ from hikui.lowering.evaluation.protocols import Excerpt
 from hikui.lowering.huggingface.config import refuse_outside
 from hikui.lowering.ir.program import Program
 from hikui.lowering.ir.steps import check_ids
+from hikui.lowering.pipeline.calibration import LONG
 from hikui.lowering.pipeline.contract import Calibration
 from hikui.lowering.pipeline.recipe import CalibrationSettings
 from hikui.lowering.progress import Announce
@@ -137,16 +138,24 @@ def calibration_notices(
     length = min(settings.tokens, context)
     measuring = (settings.samples, "what is measured on so little may do harm, so give a longer text.")
     learning = (settings.training, "what learns from so little learns less, so give a longer text.")
+    notices = []
     for count, harm in (learning,) if own else (measuring, learning):
         chunks = data.chunks[:count]
         tokens, wanted = sum(chunk.shape[1] for chunk in chunks), count * length
         # Text to learn from may end in some shorter windows.
         if tokens < (wanted * _ENOUGH if harm is learning[1] else wanted):
-            return [
+            notices.append(
                 f"The calibration text {data.source} is too short: it gives {len(chunks)} window(s) with {tokens} "
                 f"tokens in all, and the recipe asks for {count} of {length}, {wanted} tokens; {harm}"
-            ]
-    return []
+            )
+            break
+    if len(data.long) < settings.long:
+        notices.append(
+            f"The calibration text {data.source} has too few long documents: it gives {len(data.long)} window(s) of "
+            f"{min(LONG * settings.tokens, context)} tokens, and the recipe asks for {settings.long}; what learns from "
+            "fewer forgets more of what is far back, so give longer documents."
+        )
+    return notices
 
 
 def tell_of_text(

@@ -28,10 +28,12 @@ class Calibration:
     Attributes:
         chunks: int64 [1, T] token tensors, T at most the context length.
         source: where the text came from, for the manifest.
+        long: longer ones, which passes that learn read too.
     """
 
     chunks: tuple[Tensor, ...]
     source: str = ""
+    long: tuple[Tensor, ...] = ()
 
 
 @dataclass

@@ -47,15 +47,26 @@ def _format(text: str) -> str:
 class CalibrationSettings(BaseModel):
     """How much of the calibration text is read: windows of `tokens` tokens, drawn with `seed`.
 
-    The first `samples` of them are measured on; passes that learn read `training` windows, or the same where it is 0.
+    The first `samples` of them are measured on; passes that learn read `training` windows, or the same where it is 0,
+    and then `long` windows of four times as many tokens, because a model is as near to the float one only as far back
+    as it has learned.
     """
 
     model_config = _STRICT
 
     samples: int = Field(default=32, ge=1, description="windows of text")
     training: int = Field(default=0, ge=0, description="windows that passes which learn read; 0: the same windows")
+    long: int = Field(
+        default=0, ge=0, description="windows of four times as many tokens to learn from beside `training`"
+    )
     tokens: int = Field(default=256, ge=2, description="tokens in a window; the context length bounds it")
     seed: int = Field(default=0, ge=0, description="seed of the generator that draws the windows")
+
+    @model_validator(mode="after")
+    def _long_beside_others(self) -> "CalibrationSettings":
+        if self.long and not self.training:
+            raise ValueError("`long` windows are learned from beside those of `training`; give that too")
+        return self
 
     @property
     def windows(self) -> int:

@@ -146,7 +146,12 @@ class Distillation:
         count = len(self._texts)
         apart = max(_HELD_OUT, -(-count // course.judges))
         self._judging = range(0, count, apart)
-        self._learning = [number for number in range(count) if number % apart]
+        learning = [number for number in range(count) if number % apart]
+        # Workers that share a batch are done at the same time where its texts are of one length.
+        usual = self._texts[0].shape[1]
+        longer = [number for number in learning if self._texts[number].shape[1] > usual]
+        self._by_length = [part for part in ([n for n in learning if n not in set(longer)], longer) if part]
+        self._steps = sum(-(-len(part) // course.batch) for part in self._by_length)
         self._inputs, self._targets = self._starts(parts)
 
     def _starts(self, parts: Sections) -> tuple[list[dict[fx.Node, Tensor]], list[dict[fx.Node, Tensor]]]:
@@ -179,7 +184,7 @@ class Distillation:
             Adam([value], lr=rate, betas=_BETAS, eps=course.epsilon, fused=True)
             for value, rate in zip(values, student.rates, strict=True)
         ]
-        steps = course.epochs * -(-len(self._learning) // course.batch)
+        steps = course.epochs * self._steps
         done, best, first, least = self._start(optimisers, begin)
         for step in range(done, steps):
             self._context.progress(course.name, step, steps)
@@ -241,11 +246,15 @@ class Distillation:
 
     def _batch(self, step: int) -> list[int]:
         """The texts of a step, in an order of each epoch's own."""
-        count, batch = len(self._learning), self._course.batch
-        epoch, at = divmod(step, -(-count // batch))
+        epoch, at = divmod(step, self._steps)
         generator = torch.Generator().manual_seed((self._course.seed * _EPOCHS + epoch) % (1 << 63))
-        order = torch.randperm(count, generator=generator).tolist()
-        return [self._learning[index] for index in order[at * batch : (at + 1) * batch]]
+        batches = []
+        for same in self._by_length:
+            order = [same[index] for index in torch.randperm(len(same), generator=generator).tolist()]
+            batches += [order[first : first + self._course.batch] for first in range(0, len(same), self._course.batch)]
+        if len(self._by_length) > 1:
+            batches = [batches[index] for index in torch.randperm(len(batches), generator=generator).tolist()]
+        return batches[at]
 
     def _judge(self, values: Sequence[Tensor]) -> float:
         """The divergence a token on the held-out texts."""

@@ -111,6 +111,11 @@ def test_the_text_that_comes_with_hikui_is_not_called_too_short(tiny: Path, tmp_
     recipe.write_text(head.replace("tokens", "training: 200000, tokens") + "calibrate, dead_code]\n")
     (sentence,) = (sentence for sentence in said(Request(tiny, recipe)) if "too short" in sentence)
     assert "the recipe asks for 200000 of 64" in sentence and "what learns from so little learns less" in sentence
+    recipe.write_text(
+        head.replace("samples: 100000", "samples: 2, training: 4, long: 900000") + "calibrate, dead_code]\n"
+    )
+    (sentence,) = (sentence for sentence in said(Request(tiny, recipe)) if "too few long documents" in sentence)
+    assert "the recipe asks for 900000; what learns from fewer forgets more of what is far back" in sentence
     recipe.write_text(head + "calibrate, dead_code]\n")
     text = tmp_path / "hi.txt"
     text.write_text("Hi")

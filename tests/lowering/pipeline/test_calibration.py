@@ -59,6 +59,36 @@ def test_the_rest_of_the_text_gives_windows_where_there_are_too_few(tiny: Path, 
         assert codec.decode(before[1:] + after[1:]) in path.read_text()
 
 
+def test_long_windows_are_of_text_that_others_do_not_read(tiny: Path, tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("<|endoftext|>".join([" ".join(f"w{number}" for number in range(800)), "a short document"]))
+    config, codec = ModelConfig(256, 131, (), "test", 0, (1,)), TextCodec(tiny)
+
+    def words(long: int, samples: int = 40) -> tuple[list[str], list[str]]:
+        settings = {"samples": samples, "tokens": 20, "seed": 3, "source": "book", "long": long}
+        data = calibration.draw(read_documents(path), codec.encode_prompt, config, **settings)  # type: ignore[arg-type]
+        assert [tuple(chunk.shape) for chunk in data.long] == [(1, 80)] * min(long, 6)
+        assert all(chunk[0, 0] == 0 for chunk in data.long)
+        return tuple(
+            " ".join(codec.decode(c[0, 1:].tolist()) for c in each).split() for each in (data.chunks, data.long)
+        )  # type: ignore[return-value]
+
+    alone, none = words(0)
+    usual, far = words(3)
+    assert len(alone) > len(usual) and none == []
+    # A word that a window cuts may begin like another.
+    whole = {word for word in far if len(word) == 4}
+    assert len(whole) > 30 and not whole & set(usual)
+    assert words(3) == (usual, far)
+    assert words(99, samples=2)[0], "what is not long enough for them is left to the others"
+
+
+def test_windows_of_random_tokens_may_be_long() -> None:
+    data = calibration.random_tokens(CONFIG, samples=2, tokens=10, seed=1, long=1)
+    assert [chunk.shape[1] for chunk in (*data.chunks, *data.long)] == [10, 10, 40]
+    assert torch.equal(data.chunks[1], calibration.random_tokens(CONFIG, samples=2, tokens=10, seed=1).chunks[1])
+
+
 def test_a_window_is_never_longer_than_the_context(stories: Path, tiny: Path) -> None:
     assert max(chunk.shape[1] for chunk in draw(stories, tiny, tokens=500).chunks) == 64
 

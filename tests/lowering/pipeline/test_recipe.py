@@ -65,6 +65,7 @@ def test_a_resolved_recipe_reads_back_as_the_same_passes(name: str) -> None:
         ("  samples: 4", "  sample: 4", 4, ["unknown key 'sample'", "Did you mean 'samples'?"]),
         ("  samples: 4", "  samples: 0", 4, ["calibration.samples", "greater than or equal to 1"]),
         ("  samples: 4", "  samples: many", 4, ["calibration.samples"]),
+        ("  samples: 4", "  long: 4", 3, ["calibration", "beside those of `training`; give that too"]),
         ("  lm_head: int8-g64", "  lm_head: int9-g64", 6, ["int9-g64"]),
         ("  lm_head: int8-g64", "  '(lm_head': int8-g64", 6, ["'(lm_head'", "regular expression"]),
         ("  - canonicalise", "  - canonicalize", 8, ["'canonicalize'", "Did you mean 'canonicalise'?"]),

@@ -23,6 +23,7 @@ from hikui.passes import PASSES, Qat
 from hikui.passes.gradients.coded_matrix import CodedMatrix
 from hikui.passes.graph import float_sites, weight_of
 from hikui.passes.quantise.learned import qat
+from hikui.passes.quantise.learned.distillation import Distillation
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
 from hikui.passes.quantise.learned.latent_matrix import LatentMatrix
 from tests.passes.helpers import calibration, canonical, lower, random
@@ -374,3 +375,23 @@ def test_refusals() -> None:
         Qat().requires(lower(before, "dead_code"))
     with pytest.raises(HikuiError, match="has been learned by an earlier pass, so the float model is gone"):
         Qat().requires(trained(before))
+
+
+def test_batches_have_texts_of_one_length_and_an_epoch_each_text_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = rounded()
+    short = calibration(program, 21, 8).chunks
+    data = Calibration((*short, *calibration(program, 13, 24).chunks), "dice")
+    seen: list[list[int]] = []
+
+    def note(self: Distillation, optimisers: object, numbers: list[int], height: float) -> None:
+        seen.append(numbers)
+
+    monkeypatch.setattr(Distillation, "_descend", note)
+    Pipeline(parse_pipeline("qat{epochs=2,batch=4}", PASSES)).run(program, PassContext(data))
+    lengths = [{data.chunks[number].shape[1] for number in numbers} for numbers in seen]
+    assert {8} in lengths and {24} in lengths and all(len(each) == 1 for each in lengths)
+    learned = [number for number in range(34) if number % 8]
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    for epoch in (first, second):
+        assert sorted(number for numbers in epoch for number in numbers) == learned
+    assert first != second and lengths != sorted(lengths, key=min), "long texts are not all behind the others"
