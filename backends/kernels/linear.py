@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, group_lines, turn_lines, turn_quads
+from hikui.backends.kernels.fields import QUADS, SEGMENTS, group_lines, turn_lines, turn_quads
 from hikui.backends.kernels.isa.base import (
     Buffer,
     Expression,
@@ -33,6 +33,7 @@ from hikui.backends.kernels.isa.product import (
     Run,
     Structure,
     clear,
+    each_turn,
     integer_product,
     local,
     prefetch_branch,
@@ -160,20 +161,13 @@ class _Integer:
         """Adds the products of a group's steps to the accumulators."""
         kind = SEGMENTS[self.kind][run.segment]
         line = run.line + (group - run.first) * group_lines(kind, operands.group_steps)
-        quad, quads = group * operands.group_steps * QUADS, operands.group_steps * QUADS
-        turns = operands.group_steps if kind in LINES else quads // turn_quads(kind)
+        quad = group * operands.group_steps * QUADS
 
         def add(turn: Expression, left: Expression) -> None:
             here = line + turn * turn_lines(kind), quad + turn * turn_quads(kind)
             self.add_turn(self.schemes[run.segment], *here, left, operands, outputs, held)
 
-        # A group has at least one step; said so, LLVM keeps the conversion to float out of the loop.
-        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
-            add(turn, None)
-        if kind not in LINES:
-            left = quads - turns * turn_quads(kind)
-            with T.If(left > 0), T.Then():
-                add(turns, left)
+        each_turn(kind, operands.group_steps, add)
 
     def add_turn(
         self,

@@ -15,7 +15,6 @@ from tvm.script import tirx as T
 from hikui.backends.kernels.fields import (
     CODEBOOKS,
     FACTOR,
-    LINES,
     OFFSET,
     QUADS,
     SEGMENTS,
@@ -25,7 +24,7 @@ from hikui.backends.kernels.fields import (
 )
 from hikui.backends.kernels.isa.base import Buffer, Expression, Place, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.generic import codes_of
-from hikui.backends.kernels.isa.product import Run, runs, store
+from hikui.backends.kernels.isa.product import Run, each_turn, runs, store
 
 
 class _Operands(NamedTuple):
@@ -76,20 +75,14 @@ class _Sums:
         """Adds the products of a group's steps to its sums."""
         kind = SEGMENTS[self.kind][run.segment]
         line = first_line + run.line + (group - run.first) * group_lines(kind, operands.group_steps)
-        quad, quads = group * operands.group_steps * QUADS, operands.group_steps * QUADS
-        turns = operands.group_steps if kind in LINES else quads // turn_quads(kind)
+        quad = group * operands.group_steps * QUADS
 
         def add(turn: Expression, left: Expression) -> None:
             here = line + turn * turn_lines(kind)
             place = Place(operands.weight, here, T.int64(0), None, None, codebook=held.codebook, left=left)
             self.add_turn(kind, place, (quad + turn * turn_quads(kind)) * 4, operands, held)
 
-        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
-            add(turn, None)
-        if kind not in LINES:
-            left = quads - turns * turn_quads(kind)
-            with T.If(left > 0), T.Then():
-                add(turns, left)
+        each_turn(kind, operands.group_steps, add)
 
     def add_turn(self, kind: str, place: Place, column: Expression, operands: _Operands, held: _Held) -> None:
         """Adds the products of a step or line, whose first column is given."""

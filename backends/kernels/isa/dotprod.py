@@ -19,7 +19,7 @@ from hikui.backends.kernels.isa.base import (
 )
 from hikui.backends.kernels.isa.neon_fields import described, operands_of
 from hikui.backends.kernels.isa.panel import panel
-from hikui.backends.kernels.isa.tiled import Panel, starting_offset, summed
+from hikui.backends.kernels.isa.tiled_panel import Panel, starting_offset, summed
 
 _ORDER = (0, 1, 2, 3, 4, 5, 7, 6)
 """Field 6 of int3 comes last, as the last use of the middle byte: its insertion may then destroy that register."""

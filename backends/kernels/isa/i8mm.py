@@ -15,7 +15,7 @@ from hikui.backends.kernels.fields import CODEBOOKS, LINES, SEGMENTS
 from hikui.backends.kernels.isa import dotprod, side_by_side, tiled
 from hikui.backends.kernels.isa.base import SIZES, Expression, Isa, Special, Tile, constant, intrinsic, splat
 from hikui.backends.kernels.isa.neon_fields import cut_fields, described
-from hikui.backends.kernels.isa.tiled import Panel, starting_offset
+from hikui.backends.kernels.isa.tiled_panel import Panel, starting_offset
 
 _PAIRS = 4
 """Pairs of quads in a step."""

@@ -24,7 +24,7 @@ from hikui.backends.kernels.isa.base import (
     unrolled,
     vector,
 )
-from hikui.backends.kernels.isa.tiled import Panel
+from hikui.backends.kernels.isa.tiled_panel import Panel
 
 _TABLES = 8
 """Tables of a step: for byte j of a quad and half h of its bits, 2j + h."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
 
-from hikui.backends.kernels.fields import QUADS, SEGMENTS, group_lines
+from hikui.backends.kernels.fields import LINES, QUADS, SEGMENTS, group_lines, turn_quads
 from hikui.backends.kernels.isa.base import Buffer, Expression, prefetch, splat, to_float, unrolled, vector
 
 
@@ -79,6 +79,24 @@ def runs(kind: str, groups: Expression, split: Expression, group_steps: Expressi
         return [Run(0, zero, groups, zero)]
     behind = split * group_lines(SEGMENTS[kind][0], group_steps)
     return [Run(0, zero, split, zero), Run(1, split, groups, behind)]
+
+
+def each_turn(kind: str, steps: Expression, add: Callable[[Expression, Expression], None]) -> None:
+    """Goes through neighbouring steps of a group: `add(turn, left)` adds what one turn takes.
+
+    Args:
+        kind: of the weights.
+        steps: how many; at least one.
+        add: given the turn's number, and where only so many of its quads are there, how many; else None.
+    """
+    turns = steps if kind in LINES else steps * QUADS // turn_quads(kind)
+    # There is at least one; said so, LLVM keeps the conversion to float out of the loop.
+    with T.serial(T.int64(0), T.max(turns, 1)) as turn:
+        add(turn, None)
+    if kind not in LINES:
+        left = steps * QUADS - turns * turn_quads(kind)
+        with T.If(left > 0), T.Then():
+            add(turns, left)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ accumulators, and read its activations, in an order of its own.
 # TVMScript's annotations are TIR types, which a Python type checker cannot know.
 # mypy: disable-error-code="valid-type, no-untyped-def, no-untyped-call, no-any-return, untyped-decorator, misc"
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.backends.kernels.fields import LINES, QUADS, group_lines, turn_lines, turn_quads
+from hikui.backends.kernels.fields import QUADS, group_lines, turn_lines, turn_quads
 from hikui.backends.kernels.isa.base import Buffer, Expression, intrinsic, splat, to_float, unrolled, vector
 from hikui.backends.kernels.isa.product import (
     Grid,
@@ -23,6 +23,7 @@ from hikui.backends.kernels.isa.product import (
     Outputs,
     Run,
     Structure,
+    each_turn,
     integer_product,
     local,
     prefetch_branch,
@@ -30,91 +31,31 @@ from hikui.backends.kernels.isa.product import (
     scale_and_branch,
     store,
 )
+from hikui.backends.kernels.isa.tiled_panel import LANES, Panel
 
-_LANES = 4
 _PARTS = 4
 """Registers of int32 that 16 output rows take."""
-
-
-@dataclass(frozen=True)
-class Panel:
-    """How an instruction set multiplies a step of a tile: `rows` of activations × `parts` quarters of a block.
-
-    Attributes:
-        name: what `hikui targets --kernels` calls it.
-        kind: of the weights.
-        rows, parts: of the tile; parts is 1, 2 or 4.
-        accumulators: registers that a tile sums in, for each block; held as int32x4.
-        step: `step(totals, line, quads)` adds the products of 32 columns to the accumulators, a list for each block;
-            `line(block, part, i)` is a quarter of the step's i-th line, uint8x16 (part None: all of it, uint8x64), and
-            `quads(row, first)` four neighbouring activation quads of a row, int32x4. With `prepared`, quads(0, i) is
-            the i-th register of what the tile's rows were made into.
-        sums: `sums(totals)` are rows · parts vectors, int32x4, in an order and with lanes of the panel's own: the sums
-            of products of codes, but for what `behind` is for.
-        by_row: `by_row(values)` brings vectors of one value each, by row, to the lanes of `sums`.
-        by_part: `by_part(values)` the same with vectors of the output rows of each part.
-        in_rows: `in_rows(values)` brings vectors like those of `sums` to rows: those of a row, part after part.
-        start: the sum of a row's activations times this is where the last rows · parts accumulators start, the others
-            at 0.
-        behind: the sum of a row's activations times this comes to the sums.
-        prepared: quads that a `prepare_kernel` made of a step of a row, `rows` rows at a time; 0: q itself is read. 8:
-            those of q, quad by quad of all rows.
-        prefix: whether the last of them is the sum of the activations from the first column on.
-        longest: the most steps that the accumulators hold the sum of; 0: any number, as of kinds not stored in steps.
-        first: `first(steps)` are the first values of the accumulators that do not depend on the activations.
-    """
-
-    name: str
-    kind: str
-    rows: int
-    parts: int
-    accumulators: int
-    step: Callable[..., Sequence[Expression]]
-    sums: Callable[[Sequence[Expression]], Sequence[Expression]]
-    by_row: Callable[[Sequence[Expression]], Sequence[Expression]]
-    by_part: Callable[[Sequence[Expression]], Sequence[Expression]]
-    in_rows: Callable[[Sequence[Expression]], Sequence[Expression]]
-    start: int = 0
-    behind: int = 0
-    prepared: int = 0
-    prefix: bool = False
-    longest: int = 0
-    first: Callable[[Expression], Sequence[Expression]] | None = None
-
-
-def summed(shifts: Sequence[int], factor: int, held: Sequence[Expression]) -> Expression:
-    """Factor times the sum of accumulators that hold 2^shift times their share, shifts ascending from 0; exact."""
-    value = held[-1]
-    for k in reversed(range(len(shifts) - 1)):
-        value = (value >> splat(T.int32(shifts[k + 1] - shifts[k]), _LANES)) + held[k]
-    return value if factor == 1 else value * splat(T.int32(factor), _LANES)
-
-
-def starting_offset(shifts: Sequence[int], factor: int, offset: int) -> int | None:
-    """What the highest accumulator starts at, times the sum of the activations, to take the offset off; if integer."""
-    whole = offset << shifts[-1]
-    return -(whole // factor) if whole % factor == 0 else None
 
 
 def _sum_rows(q_sums, row, rows, row_steps, first_step, group_steps, sums):
     """Stores the sums of a group's activations: four lanes a row, which are still to be added up."""
 
     def here(i, step):
-        return vector(q_sums, row[i] * row_steps + first_step + step, _LANES)
+        return vector(q_sums, row[i] * row_steps + first_step + step, LANES)
 
     with T.If(group_steps % 4 == 0), T.Then():
         with unrolled(rows) as i:
-            T.buffer_store(sums, here(i, 0), [T.ramp(i * _LANES, 1, _LANES)])
+            T.buffer_store(sums, here(i, 0), [T.ramp(i * LANES, 1, LANES)])
         with T.serial(T.int64(1), group_steps // 4) as four, unrolled(rows) as i:
-            after = vector(sums, i * _LANES, _LANES) + here(i, four * 4)
-            T.buffer_store(sums, after, [T.ramp(i * _LANES, 1, _LANES)])
+            after = vector(sums, i * LANES, LANES) + here(i, four * 4)
+            T.buffer_store(sums, after, [T.ramp(i * LANES, 1, LANES)])
     with T.If(group_steps % 4 != 0), T.Then():
         with unrolled(rows) as i:
             only = tirx.Shuffle([q_sums[row[i] * row_steps + first_step], *[T.int32(0)] * 3], [0, 1, 2, 3])
-            T.buffer_store(sums, only, [T.ramp(i * _LANES, 1, _LANES)])
+            T.buffer_store(sums, only, [T.ramp(i * LANES, 1, LANES)])
         with T.serial(T.int64(1), group_steps) as step, unrolled(rows) as i:
             more = tirx.Shuffle([q_sums[row[i] * row_steps + first_step + step], *[T.int32(0)] * 3], [0, 1, 2, 3])
-            T.buffer_store(sums, vector(sums, i * _LANES, _LANES) + more, [T.ramp(i * _LANES, 1, _LANES)])
+            T.buffer_store(sums, vector(sums, i * LANES, LANES) + more, [T.ramp(i * LANES, 1, LANES)])
 
 
 def _added(left: Expression, right: Expression) -> Expression:
@@ -123,7 +64,7 @@ def _added(left: Expression, right: Expression) -> Expression:
 
 def _added_up(sums: Any, rows: int) -> list[Expression]:
     """The sums of the lanes, by row: each an int32x4 of one value, which instructions take by element."""
-    lanes = [vector(sums, i * _LANES, _LANES) for i in range(rows)]
+    lanes = [vector(sums, i * LANES, LANES) for i in range(rows)]
     if rows == 1:
         pairs = _added(lanes[0], lanes[0])
         return [_added(pairs, pairs)]
@@ -131,18 +72,18 @@ def _added_up(sums: Any, rows: int) -> list[Expression]:
     for first in range(0, rows, 4):
         four = [lanes[min(first + i, rows - 1)] for i in range(4)]
         total = _added(_added(four[0], four[1]), _added(four[2], four[3]))
-        out += [tirx.Shuffle([total], [lane] * _LANES) for lane in range(min(4, rows - first))]
+        out += [tirx.Shuffle([total], [lane] * LANES) for lane in range(min(4, rows - first))]
     return out
 
 
 def _prefix_differences(q, q_before, rows, last_step_at):
     """The same for prepared activations, which hold sums from the first column on; keeps those of the group's end."""
     out: list[Expression] = []
-    for first in range(0, rows, _LANES):
-        upto = vector(q, last_step_at + first, _LANES)
-        total = T.bind(upto - vector(q_before, first, _LANES))
-        T.buffer_store(q_before, upto, [T.ramp(first, 1, _LANES)])
-        out += [tirx.Shuffle([total], [lane] * _LANES) for lane in range(_LANES)]
+    for first in range(0, rows, LANES):
+        upto = vector(q, last_step_at + first, LANES)
+        total = T.bind(upto - vector(q_before, first, LANES))
+        T.buffer_store(q_before, upto, [T.ramp(first, 1, LANES)])
+        out += [tirx.Shuffle([total], [lane] * LANES) for lane in range(LANES)]
     return out
 
 
@@ -200,7 +141,7 @@ def integer(panels: Sequence[Panel], kind: str, blocks: int, name: str) -> Any:
         blocks: blocks of 16 output rows, ⌈N16 / blocks⌉ apart, that a tile takes.
         name: symbol of the C function.
     """
-    tiles = _Tiles(panels, kind, Grid(panels[0].rows, blocks, panels[0].parts, _LANES))
+    tiles = _Tiles(panels, kind, Grid(panels[0].rows, blocks, panels[0].parts, LANES))
     return integer_product(
         Structure(
             panels[0].rows,
@@ -237,10 +178,10 @@ class _Tiles:
 
         where it reads two at once, rather than spilling one by one what does not fit the registers.
         """
-        return ((band * self.grid.blocks + block) * self.share + i) * _LANES
+        return ((band * self.grid.blocks + block) * self.share + i) * LANES
 
     def held_at(self, block, k):
-        return (block * max(panel.accumulators for panel in self.panels) + k) * _LANES
+        return (block * max(panel.accumulators for panel in self.panels) + k) * LANES
 
     @property
     def bands(self) -> int:
@@ -251,11 +192,11 @@ class _Tiles:
 
     def allocate(self) -> _Held:
         return _Held(
-            sums=local("sums", self.grid.rows * _LANES, "int32"),
+            sums=local("sums", self.grid.rows * LANES, "int32"),
             products=local("products", self.held_at(self.grid.blocks, 0), "int32"),
             total=local("total", self.bands * self.grid.size, "float32"),
             result=local("result", self.grid.size, "float32"),
-            factor=local("factor", _LANES, "float32"),
+            factor=local("factor", LANES, "float32"),
         )
 
     @property
@@ -268,9 +209,9 @@ class _Tiles:
             self.add_groups(run, band)
         held, parts = band.held, self.grid.parts
         for j in range(self.grid.blocks):
-            totals = [vector(held.total, self.at(band.index, j, i), _LANES) for i in range(self.share)]
+            totals = [vector(held.total, self.at(band.index, j, i), LANES) for i in range(self.share)]
             for i, value in enumerate(self.panels[0].in_rows(totals)):
-                store(held.result, value, self.grid.at(i // parts, j, i % parts), _LANES)
+                store(held.result, value, self.grid.at(i // parts, j, i % parts), LANES)
 
     def add_groups(self, run: Run, band: _Band) -> None:
         panel, group_steps = self.panels[run.segment], band.operands.group_steps
@@ -308,31 +249,24 @@ class _Tiles:
         blocks, parts = self.grid.blocks, self.grid.parts
         for k, value in enumerate(_first_values(panel, steps)):
             for j in range(blocks):
-                store(held.products, value, self.held_at(j, k), _LANES)
-        turns = steps.count if panel.kind in LINES else steps.count * QUADS // turn_quads(panel.kind)
+                store(held.products, value, self.held_at(j, k), LANES)
 
         def add(turn: Expression, left: Expression) -> None:
             line = steps.line + (steps.first + turn) * turn_lines(panel.kind)
             quad = (steps.group * operands.group_steps + steps.first) * QUADS + turn * turn_quads(panel.kind)
             self.add_step(panel, [block[j] * operands.lines + line for j in range(blocks)], quad, left, band)
 
-        # There is at least one step; said so, LLVM keeps the conversion to float out of the loop.
-        with T.serial(T.int64(0), T.max(turns, 1)) as turn:
-            add(turn, None)
-        if panel.kind not in LINES:
-            left = steps.count * QUADS - turns * turn_quads(panel.kind)
-            with T.If(left > 0), T.Then():
-                add(turns, left)
+        each_turn(panel.kind, steps.count, add)
         behind = _behind(panel, steps)
         for j in range(blocks):
-            start = (block[j] * operands.groups + steps.group) * 16 + band.index * (parts * _LANES)
-            factors = [to_float(vector(operands.scale, start + part * _LANES, _LANES), _LANES) for part in range(parts)]
+            start = (block[j] * operands.groups + steps.group) * 16 + band.index * (parts * LANES)
+            factors = [to_float(vector(operands.scale, start + part * LANES, LANES), LANES) for part in range(parts)]
             spread = panel.by_part(factors)
-            of_block = [vector(held.products, self.held_at(j, k), _LANES) for k in range(panel.accumulators)]
+            of_block = [vector(held.products, self.held_at(j, k), LANES) for k in range(panel.accumulators)]
             for i, value in enumerate(panel.sums(of_block)):
                 whole = value + behind[i] if behind else value
                 at = self.at(band.index, j, i)
-                store(held.total, vector(held.total, at, _LANES) + spread[i] * to_float(whole, _LANES), at, _LANES)
+                store(held.total, vector(held.total, at, LANES) + spread[i] * to_float(whole, LANES), at, LANES)
 
     def add_step(self, panel: Panel, lines: list[Expression], quad: Expression, left: Expression, band: _Band) -> None:
         """Adds the products of a step, whose first line in each block is given, to the accumulators.
@@ -356,25 +290,25 @@ class _Tiles:
                 )
             if self.prepared:
                 step = (band.outputs.chunk * operands.row_quads + quad) // QUADS
-                return vector(operands.q, step * (self.grid.rows * self.prepared) + first * _LANES, _LANES)
-            return vector(operands.q, band.outputs.row[i] * operands.row_quads + quad + first, _LANES)
+                return vector(operands.q, step * (self.grid.rows * self.prepared) + first * LANES, LANES)
+            return vector(operands.q, band.outputs.row[i] * operands.row_quads + quad + first, LANES)
 
         before = [
-            [vector(products, self.held_at(j, k), _LANES) for k in range(panel.accumulators)]
+            [vector(products, self.held_at(j, k), LANES) for k in range(panel.accumulators)]
             for j in range(self.grid.blocks)
         ]
         for j, totals in enumerate(panel.step(before, line_of, quads_of)):
             for k, after in enumerate(totals):
-                store(products, after, self.held_at(j, k), _LANES)
+                store(products, after, self.held_at(j, k), LANES)
 
     def quads_left(self, i: int, first: int, quad: Expression, left: Expression, band: _Band) -> Expression:
         """As `quads` of `Panel.step`, zeros in place of quads that are not there."""
         operands, rows = band.operands, self.grid.rows
         if self.prepared:
             start = (band.outputs.chunk * operands.row_quads + quad) * rows
-            index = first * _LANES // rows
-            there = vector(operands.q, start + T.min(T.int64(index), left - 1) * rows + first * _LANES % rows, _LANES)
-            return tirx.Select(splat(T.int64(index) < left, _LANES), there, splat(T.int32(0), _LANES))
+            index = first * LANES // rows
+            there = vector(operands.q, start + T.min(T.int64(index), left - 1) * rows + first * LANES % rows, LANES)
+            return tirx.Select(splat(T.int64(index) < left, LANES), there, splat(T.int32(0), LANES))
         start = band.outputs.row[i] * operands.row_quads + quad
         four = [
             tirx.Select(
@@ -382,17 +316,17 @@ class _Tiles:
                 operands.q[start + T.min(T.int64(first + lane), left - 1)],
                 T.int32(0),
             )
-            for lane in range(_LANES)
+            for lane in range(LANES)
         ]
-        return tirx.Shuffle(four, list(range(_LANES)))
+        return tirx.Shuffle(four, list(range(LANES)))
 
 
 def _first_values(panel: Panel, steps: _Steps) -> Sequence[Expression]:
     if panel.first:
         return panel.first(steps.count)
-    values = [splat(T.int32(0), _LANES)] * panel.accumulators
+    values = [splat(T.int32(0), LANES)] * panel.accumulators
     if panel.start:
-        starts = panel.by_row([each * splat(T.int32(panel.start), _LANES) for each in steps.of_rows])
+        starts = panel.by_row([each * splat(T.int32(panel.start), LANES) for each in steps.of_rows])
         values[-len(starts) :] = starts
     return values
 
@@ -400,7 +334,7 @@ def _first_values(panel: Panel, steps: _Steps) -> Sequence[Expression]:
 def _behind(panel: Panel, steps: _Steps) -> Sequence[Expression]:
     if not panel.behind:
         return []
-    return panel.by_row([each * splat(T.int32(panel.behind), _LANES) for each in steps.of_rows])
+    return panel.by_row([each * splat(T.int32(panel.behind), LANES) for each in steps.of_rows])
 
 
 @T.inline
@@ -424,20 +358,20 @@ def _store_parts(result, grid, band, outputs):
     for i in range(T.min(outputs.m_size - outputs.chunk * grid.rows, grid.rows)):
         for j in unrolled(grid.blocks):
             if outputs.position + j * outputs.streams < outputs.n_blocks:
-                start = outputs.block[j] * 16 + band * (grid.parts * _LANES)
+                start = outputs.block[j] * 16 + band * (grid.parts * LANES)
                 row_of_y = T.meta_var((outputs.chunk * grid.rows + i) * outputs.n_size + start)
-                if outputs.n_size - start >= grid.parts * _LANES:
+                if outputs.n_size - start >= grid.parts * LANES:
                     for part in unrolled(grid.parts):
-                        at_y = row_of_y + part * _LANES
-                        value = vector(result, grid.at(i, j, part), _LANES)
+                        at_y = row_of_y + part * LANES
+                        value = vector(result, grid.at(i, j, part), LANES)
                         if outputs.has_bias != 0:
-                            outputs.y[T.ramp(at_y, 1, _LANES)] = value + vector(
-                                outputs.bias, start + part * _LANES, _LANES
+                            outputs.y[T.ramp(at_y, 1, LANES)] = value + vector(
+                                outputs.bias, start + part * LANES, LANES
                             )
                         else:
-                            outputs.y[T.ramp(at_y, 1, _LANES)] = value
+                            outputs.y[T.ramp(at_y, 1, LANES)] = value
                 else:
-                    first = T.meta_var((i * grid.blocks + j) * (grid.parts * _LANES))
+                    first = T.meta_var((i * grid.blocks + j) * (grid.parts * LANES))
                     _store_elements(result, first, row_of_y, start, outputs.n_size - start, outputs)
 
 
@@ -447,7 +381,7 @@ def _compute(tiles, operands, outputs, held):
     prefetch_branch(operands, outputs.block, tiles.grid.blocks)
     for band in range(tiles.bands):
         for i in unrolled(tiles.grid.blocks * tiles.share):
-            held.total[T.ramp(tiles.at(band, 0, i), 1, _LANES)] = splat(T.float32(0), _LANES)
+            held.total[T.ramp(tiles.at(band, 0, i), 1, LANES)] = splat(T.float32(0), LANES)
         if tiles.prefix:
             for i in unrolled(tiles.grid.rows):
                 held.sums[i] = 0
