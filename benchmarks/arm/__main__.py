@@ -19,12 +19,17 @@ from typing import Any, NamedTuple
 
 from benchmarks.arm.cycles import MODELS, UnestimatedError, cycles_per_mac, inner_loop
 from hikui.backends.kernels.build import HEADER, build, compiler
+from hikui.backends.kernels.isa import ternary
+from hikui.backends.kernels.symbols import SYMBOLS, kept
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import Format
 
 TRIPLE = "aarch64-linux-gnu"
 CPUS = {"cortex-a72": "neon", "cortex-a76": "dotprod", "max": "i8mm"}
 FORMATS = ("sign", "int2", "ternary", "int3", "int4", "nf4", "fp4", "int8", "mixed")
+_NAMES = {"mixed": "mixed-g128-c768", "ternary": "ternary-channel"}
+"""Formats that are not measured in groups of 128; lines of ternary codes fill none."""
+
 ROWS = (1, 16)
 N, K = 512, 4096
 _HERE = Path(__file__).resolve().parent
@@ -56,7 +61,9 @@ class Bench:
         objects = build(TRIPLE, tuple(CPUS.values()), folder)
         self.objects = {path.name: path for path in objects.paths}
         self._program, plugin = folder / "call", folder / "count.so"
-        flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-static", f"-I{HEADER.parent}"]
+        (folder / "symbols.inc").write_text(kept(SYMBOLS))
+        flags = ["-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-pthread", "-static"]
+        flags += [f"-I{HEADER.parent}", f"-I{folder}"]
         sources = [str(_HERE / "call.c"), *map(str, objects.paths)]
         subprocess.run([*compiler(TRIPLE), *flags, *sources, "-o", str(self._program)], check=True)
         host = shutil.which("cc") or shutil.which("gcc")
@@ -86,7 +93,7 @@ class Bench:
         isa, kernel, prepares = run.stdout.strip().split("\t")
         return Counted(isa, kernel, prepares == "1", int(run.stderr.split()[-1]))
 
-    def cycles(self, isa: str, kind: str, m: int) -> dict[str, float | None]:
+    def cycles(self, isa: str, kind: str, m: int, kernel: str) -> dict[str, float | None]:
         """Cycles by multiply-accumulate on each model, None where there is no estimate; says why."""
         out: dict[str, float | None] = dict.fromkeys(MODELS)
         size = "single" if m == 1 else "many"
@@ -96,8 +103,10 @@ class Bench:
         symbol = f"hikui_linear_a8_{kind}_{size}__{isa}"
         for model in MODELS:
             try:
-                loop = inner_loop(self.objects[f"hikui_kernels_{isa}.o"], symbol)
-                out[model] = round(cycles_per_mac(loop, model), 4)
+                loop = inner_loop(self.objects[f"{symbol}.o"], symbol)
+                # Two products with states are one with codes.
+                share = 2 if kernel.endswith(ternary.NAME) else 1
+                out[model] = round(cycles_per_mac(loop, model) * share, 4)
             except UnestimatedError as reason:
                 print(f"{kind}, M={m}, {isa}: {reason}", file=sys.stderr)
         return out
@@ -126,10 +135,10 @@ def measure(bench: Bench) -> Iterator[dict[str, Any]]:
             quantized = bench.count(cpu, Format.parse("int8-g128"), "quantize", m)
             yield _row("quantize activations", 8, m, cpu, quantized._replace(kernel="quantize"), {})
             for kind in FORMATS:
-                fmt = Format.parse("mixed-g128-c768" if kind == "mixed" else f"{kind}-g128")
+                fmt = Format.parse(_NAMES.get(kind, f"{kind}-g128"))
                 bits = fmt.true_bits(N, K)
                 product = bench.count(cpu, fmt, "product", m)
-                yield _row(str(fmt), bits, m, cpu, product, bench.cycles(product.isa, kind, m))
+                yield _row(str(fmt), bits, m, cpu, product, bench.cycles(product.isa, kind, m, product.kernel))
                 if product.prepares:
                     prepared = bench.count(cpu, fmt, "prepare", m)
                     yield _row(f"{fmt}: prepare activations", bits, m, cpu, prepared, {})

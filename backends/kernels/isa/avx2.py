@@ -126,7 +126,7 @@ def _ternary(totals: Sequence[Expression], place: Place) -> list[Expression]:
     """Activations with the sign of a code, or zero, need no product; their sums with ones do not saturate."""
     ones = splat(T.uint8(1), 32)
     sums = None
-    for i, code in enumerate(ternary.codes(line_bytes(place, 0, _LANES), 32, chained=True)):
+    for i, code in enumerate(ternary.codes(line_bytes(place, 0, _LANES), 32)):
         pair = _pairs(ones, intrinsic("int8x32", "llvm.x86.avx2.psign.b", _bytes(_quad(place, i)), code))
         sums = pair if sums is None else sums + pair
     return [totals[0] + _widened(sums)]

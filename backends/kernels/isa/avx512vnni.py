@@ -111,14 +111,14 @@ def _ternary_single(totals: Sequence[Expression], place: Place) -> list[Expressi
     """Products of states, all of them plus 128, as they must not be below zero."""
     whole, rest = totals
     above = line_bytes(place, 0, _LANES) ^ splat(T.uint8(128), 64)
-    for i, (state, after) in enumerate(ternary.pairs(above, 64, chained=True)):
+    for i, (state, after) in enumerate(ternary.pairs(above, 64)):
         whole, rest = (_accumulate(total, each, place.quad(i)) for total, each in ((whole, state), (rest, after)))
     return [whole, rest]
 
 
 def _ternary_fields(totals: Sequence[Expression], place: Place) -> list[Expression]:
     total = totals[0]
-    for i, field in enumerate(ternary.fields(line_bytes(place, 0, _LANES), 64, chained=True)):
+    for i, field in enumerate(ternary.fields(line_bytes(place, 0, _LANES), 64)):
         total = _accumulate(total, field, place.quad(i))
     return [total]
 

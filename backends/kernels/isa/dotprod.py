@@ -123,7 +123,7 @@ def _special(kind: str, size: str) -> Special:
         return lookup.SIGN
     # 16 accumulators of 4 lanes at most: the other half of the registers is for weights, masks and activations.
     if size == "single":
-        rows, parts, blocks = 1, 4, {"int2": 1, "ternary": 2, "int3": 1}.get(kind, 4)
+        rows, parts, blocks = 1, 4, {"int2": 1, "ternary": 1, "int3": 1}.get(kind, 4)
     else:
         rows, parts, blocks = (4, 2, 1) if size == "few" else (8, 2, 1)
     prepared = size == "many"

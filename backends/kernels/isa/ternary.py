@@ -21,26 +21,23 @@ NAME = "differences"
 """What kernels that multiply states are called by."""
 
 
-def states(line: Expression, count: int, lanes: int, chained: bool) -> list[Expression]:
+def states(line: Expression, count: int, lanes: int) -> list[Expression]:
     """The first states of a line: of its bytes as they are stored, which are signed, or of these plus 128; uint8.
 
     Args:
         line: `lanes` bytes.
         count: of states.
         lanes: bytes of a register.
-        chained: whether a state is made of the one before by additions that LLVM does not look into; else it makes
-            products with 9, 27 and 81 of them, which are one instruction on ARM and four on x86.
     """
     out = [line]
     for _ in range(count - 1):
-        twice = _added(out[-1], out[-1], lanes) if chained else out[-1] + out[-1]
-        out.append(_added(twice, out[-1], lanes) if chained else twice + out[-1])
+        out.append(_added(_added(out[-1], out[-1], lanes), out[-1], lanes))
     return out
 
 
-def pairs(line: Expression, lanes: int, chained: bool = False) -> list[tuple[Expression, Expression]]:
-    """For each of the quads of a line the states s and s′ that its codes are the difference of; as `states`."""
-    return list(pairwise(states(line, DIGITS + 1, lanes, chained)))
+def pairs(line: Expression, lanes: int) -> list[tuple[Expression, Expression]]:
+    """For each of the quads of a line the states s and s′ that its codes are the difference of."""
+    return list(pairwise(states(line, DIGITS + 1, lanes)))
 
 
 def of_differences(sums: Sequence[Expression], lanes: int) -> Expression:
@@ -49,26 +46,29 @@ def of_differences(sums: Sequence[Expression], lanes: int) -> Expression:
     return (whole * splat(T.int32(3), lanes) - rest) >> splat(T.int32(8), lanes)
 
 
-def codes(line: Expression, lanes: int, chained: bool = False) -> list[Expression]:
-    """The codes −1, 0, 1 of each quad of a line, int8; as `states`."""
-    return [
-        _where(state, "<", -_HALF, lanes) - _where(state, ">", _HALF, lanes) for state in _signed(line, lanes, chained)
-    ]
+def codes(line: Expression, lanes: int) -> list[Expression]:
+    """The codes −1, 0, 1 of each quad of a line, int8."""
+    return [_where(state, "<", -_HALF, lanes) - _where(state, ">", _HALF, lanes) for state in _signed(line, lanes)]
 
 
-def fields(line: Expression, lanes: int, chained: bool = False) -> list[Expression]:
-    """The codes plus one, uint8; as `states`."""
+def fields(line: Expression, lanes: int) -> list[Expression]:
+    """The codes plus one, uint8."""
     one = splat(T.int8(1), lanes)
-    return [T.reinterpret(f"uint8x{lanes}", code + one) for code in codes(line, lanes, chained)]
+    return [T.reinterpret(f"uint8x{lanes}", code + one) for code in codes(line, lanes)]
 
 
 def _added(left: Expression, right: Expression, lanes: int) -> Expression:
+    """The sum modulo 256, by an instruction that LLVM does not look into.
+
+    It would make products with 9, 27 and 81 of the additions, which no x86 has for bytes, and which take an ARM core as
+    long as four additions.
+    """
     everywhere = T.broadcast(T.bool(True), lanes)
     return intrinsic(f"uint8x{lanes}", "llvm.vp.add", left, right, everywhere, T.uint32(lanes))
 
 
-def _signed(line: Expression, lanes: int, chained: bool) -> list[Expression]:
-    return [T.reinterpret(f"int8x{lanes}", state) for state in states(line, DIGITS, lanes, chained)]
+def _signed(line: Expression, lanes: int) -> list[Expression]:
+    return [T.reinterpret(f"int8x{lanes}", state) for state in states(line, DIGITS, lanes)]
 
 
 def _where(state: Expression, relation: str, bound: int, lanes: int) -> Expression:
