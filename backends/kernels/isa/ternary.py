@@ -51,10 +51,23 @@ def codes(line: Expression, lanes: int) -> list[Expression]:
     return [_where(state, "<", -_HALF, lanes) - _where(state, ">", _HALF, lanes) for state in _signed(line, lanes)]
 
 
+FIELD = 6
+"""The bit that `fields` begin at."""
+
+
 def fields(line: Expression, lanes: int) -> list[Expression]:
-    """The codes plus one, uint8."""
-    one = splat(T.int8(1), lanes)
-    return [T.reinterpret(f"uint8x{lanes}", code + one) for code in codes(line, lanes)]
+    """The codes plus one, in the two upper bits of bytes, from a line whose states are above zero by 128; uint8.
+
+    They are the whole part of 3t/256 for a state t plus 128, and that of 3t/4 is t − ⌈⌈t/2⌉/2⌉.
+    """
+    upper = splat(T.uint8(3 << FIELD), lanes)
+    return [(state - _halved(_halved(state, lanes), lanes)) & upper for state in states(line, DIGITS, lanes)]
+
+
+def _halved(values: Expression, lanes: int) -> Expression:
+    """Half of each byte, rounded up: the mean with zero, for which x86 has an instruction."""
+    wide = T.cast(values, f"uint16x{lanes}") + T.broadcast(T.uint16(1), lanes)
+    return T.cast(wide >> T.broadcast(T.uint16(1), lanes), f"uint8x{lanes}")
 
 
 def _added(left: Expression, right: Expression, lanes: int) -> Expression:
