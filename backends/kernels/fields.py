@@ -22,7 +22,7 @@ LINES = {name: kind.lines for name, kind in KINDS.items() if kind.lines is not N
 """Lines in a step, for the kinds that are stored in steps."""
 
 DIGITS = 5
-"""Quads in a line of `ternary`, which is stored in lines of so many whatever the steps; see `ternary_codes`."""
+"""Quads in a line of `ternary`, which is stored in lines of so many whatever the steps; see `isa.ternary`."""
 
 SEGMENTS = {name: (name,) for name in KINDS} | {"mixed": ("int4", "sign")}
 """The formats with integer codes, which kernels are named after: the parts of a row of each, in order."""

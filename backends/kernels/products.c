@@ -9,6 +9,9 @@
 static const int64_t step_lines[KINDS] = {[SIGN] = 1, [INT2] = 2, [TERNARY] = 0, [INT3] = 3, [INT4] = 4,
                                           [NF4] = 4,  [FP4] = 4,  [INT8] = 8,    [MIXED] = 0};
 
+/* Sums of 32 bits hold 256 times the result. */
+enum { WIDEST_TERNARY = 32768 };
+
 static int64_t blocks_of(int64_t rows) { return (rows + 15) / 16; }
 
 static int64_t positions_of(int64_t rows, int64_t blocks) { return (blocks_of(rows) + blocks - 1) / blocks; }
@@ -96,6 +99,9 @@ static int take_packing(struct call* call, int kind, const struct view* weight, 
     if (first < 0 || first > columns || 3 * first != wide - columns) first = -1;
   } else if (kind == TERNARY) { /* 20 columns a line, the last of a group filled up */
     const int64_t width = groups > 0 && lines % groups == 0 ? hikui_product(lines / groups, 20) / 32 * 32 : 0;
+    if (width > WIDEST_TERNARY)
+      return hikui_fail("%s: %" PRId64 " ternary columns under one scale are more than the %d that can be added up.",
+                        call->name, width, WIDEST_TERNARY);
     columns = width > 0 && (width + 19) / 20 == lines / groups ? hikui_product(width, groups) : -1;
     first = columns;
   } else {

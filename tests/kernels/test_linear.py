@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hikui.backends.kernels.replay import Recorded, Result
-from hikui.lowering.formats import KINDS, Format, activation_k, pack, quantize_activation, unpack
+from hikui.lowering.formats import KINDS, Format, activation_k, pack, quantize_activation, unpack, unpack_codes
 
 from .conftest import Runner, assert_done
 
@@ -182,6 +182,30 @@ def test_scales_bias_and_branch(runner: Runner, name: str, rank: int) -> None:
     for result, reference in zip(runner.run(calls), references, strict=True):
         assert_clean(result, result.tensors[-1])
         assert_near(result.tensors[-1], reference)
+
+
+def test_ternary_sums_are_exact_up_to_the_widest_row_and_refused_beyond(runner: Runner) -> None:
+    """The largest sum of all: where 256 times it is just below 2³¹."""
+    fmt, calls = Format("ternary"), []
+    for k, lines in ((32768, 1639), (32800, 1640)):
+        weight = torch.full((1, lines, 16, 4), 127, dtype=torch.uint8)  # five ones a byte
+        q = torch.zeros(1, activation_k(k), dtype=torch.int8)
+        q[:, :k] = 127
+        sums = q.view(1, -1, 32).sum(-1, dtype=torch.int32)
+        scale, ones = torch.full((1, 1, 16), 2.0**-10).half(), torch.ones(1)
+        calls.append(
+            Recorded("hikui_linear_a8_ternary", (q, ones, sums, weight, scale, torch.empty(0), poisoned(1, 16)))
+        )
+        if k <= 32768:
+            assert tuple(weight.shape) == fmt.weight_shape(16, k) and bool(
+                (unpack_codes(fmt, weight, 16, k) == 1).all()
+            )
+    within, beyond = runner.run(calls)
+    assert_clean(within, within.tensors[-1])
+    assert torch.equal(within.tensors[-1].double(), torch.full((1, 16), 127 * 32768 / 1024, dtype=torch.float64))
+    assert beyond.error == (
+        "hikui_linear_a8_ternary: 32800 ternary columns under one scale are more than the 32768 that can be added up."
+    )
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])
