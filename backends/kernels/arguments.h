@@ -38,6 +38,16 @@ static inline int64_t hikui_product(int64_t a, int64_t b) {
   return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
+/* Columns of ternary codes in a line, the last line of a group being filled up. */
+enum { TERNARY_COLUMNS = 20 };
+
+/* Columns in a group of so many lines of ternary codes in groups, a multiple of 32; 0 where there are none such. */
+static inline int64_t hikui_ternary_group(int64_t lines, int64_t groups) {
+  if (groups < 1 || lines % groups != 0) return 0;
+  const int64_t width = hikui_product(lines / groups, TERNARY_COLUMNS) / 32 * 32;
+  return (width + TERNARY_COLUMNS - 1) / TERNARY_COLUMNS == lines / groups ? width : 0;
+}
+
 /* Starts a call; not 0 where the number of arguments is wrong. */
 int hikui_begin(struct call* call, const char* name, const hikui_any* args, int32_t given, int32_t wanted);
 

@@ -14,7 +14,7 @@ struct stored_kind {
 
 #include "kinds.inc"
 
-enum { LINE = 16 * 4, STEP = 32, TERNARY_COLUMNS = 20 };
+enum { LINE = 16 * 4, STEP = 32 };
 
 struct lookup {
   const struct stored_kind* kind; /* null for floats */
@@ -124,9 +124,8 @@ static void run_lookup(const void* arguments, int64_t first, int64_t last) {
 /* Columns of so many lines in groups, or −1 where there are none such. */
 static int64_t stored_columns(const struct stored_kind* kind, int64_t lines, int64_t groups) {
   if (kind->lines > 0) return lines % kind->lines == 0 ? hikui_product(lines / kind->lines, STEP) : -1;
-  if (groups < 1 || lines % groups != 0) return -1;
-  const int64_t width = hikui_product(lines / groups, TERNARY_COLUMNS) / STEP * STEP;
-  return (width + TERNARY_COLUMNS - 1) / TERNARY_COLUMNS == lines / groups ? hikui_product(width, groups) : -1;
+  const int64_t width = hikui_ternary_group(lines, groups);
+  return width > 0 ? hikui_product(width, groups) : -1;
 }
 
 /* Takes the number of rows, checks ids and packed matrix against it, and looks the rows up. */

@@ -10,7 +10,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script import tirx as T
 
-from hikui.lowering.formats.kinds import KINDS
+from hikui.lowering.formats.kinds import KINDS, TERNARY_COLUMNS
 
 Expression = Any
 """A TIR expression; TVM ships no types for them."""
@@ -21,7 +21,7 @@ QUADS = 8
 LINES = {name: kind.lines for name, kind in KINDS.items() if kind.lines is not None}
 """Lines in a step, for the kinds that are stored in steps."""
 
-DIGITS = 5
+DIGITS = TERNARY_COLUMNS // 4
 """Quads in a line of `ternary`, which is stored in lines of so many whatever the steps; see `isa.ternary`."""
 
 SEGMENTS = {name: (name,) for name in KINDS} | {"mixed": ("int4", "sign")}

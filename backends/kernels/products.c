@@ -97,12 +97,12 @@ static int take_packing(struct call* call, int kind, const struct view* weight, 
     columns = (available + 127) / 128 * 128;
     first = (wide - columns) / 3;
     if (first < 0 || first > columns || 3 * first != wide - columns) first = -1;
-  } else if (kind == TERNARY) { /* 20 columns a line, the last of a group filled up */
-    const int64_t width = groups > 0 && lines % groups == 0 ? hikui_product(lines / groups, 20) / 32 * 32 : 0;
+  } else if (kind == TERNARY) { /* which is not stored in steps */
+    const int64_t width = hikui_ternary_group(lines, groups);
     if (width > WIDEST_TERNARY)
       return hikui_fail("%s: %" PRId64 " ternary columns under one scale are more than the %d that can be added up.",
                         call->name, width, WIDEST_TERNARY);
-    columns = width > 0 && (width + 19) / 20 == lines / groups ? hikui_product(width, groups) : -1;
+    columns = width > 0 ? hikui_product(width, groups) : -1;
     first = columns;
   } else {
     columns = lines % step_lines[kind] == 0 ? hikui_product(lines / step_lines[kind], 32) : -1;

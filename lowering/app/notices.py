@@ -152,8 +152,8 @@ def calibration_notices(
     if len(data.long) < settings.long:
         notices.append(
             f"The calibration text {data.source} has too few long documents: it gives {len(data.long)} window(s) of "
-            f"{min(LONG * settings.tokens, context)} tokens, and the recipe asks for {settings.long}; what learns from "
-            "fewer forgets more of what is far back, so give longer documents."
+            f"{min(LONG * settings.tokens, context)} tokens, and the recipe asks for {settings.long}; give longer "
+            "documents."
         )
     return notices
 

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hikui.lowering.formats.kinds import TERNARY_COLUMNS
+
 _QUADS = 8
 """Quads in a step of 32 columns."""
 
-_DIGITS = 5
+_DIGITS = TERNARY_COLUMNS // 4
 """Ternary codes in a byte."""
 
 # Where int3 keeps fields 0…5: byte of the step, and the lowest of the three bits.

@@ -48,8 +48,7 @@ class CalibrationSettings(BaseModel):
     """How much of the calibration text is read: windows of `tokens` tokens, drawn with `seed`.
 
     The first `samples` of them are measured on; passes that learn read `training` windows, or the same where it is 0,
-    and then `long` windows of four times as many tokens, because a model is as near to the float one only as far back
-    as it has learned.
+    and `long` windows of four times as many tokens beside them, for what is further back than the others reach.
     """
 
     model_config = _STRICT

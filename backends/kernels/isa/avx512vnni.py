@@ -151,7 +151,8 @@ def _tile(kind: str, size: str) -> Tile:
     # Weights in memory, 4096×4096 on Zen 4: 1 block 1.3–1.6, 2 blocks 1.1, 8 blocks 1.4–1.6 times the time of 4;
     # software prefetch only cost time.
     # Sixteen accumulators are what leaves registers for the weights; 8 rows of 2 blocks were slower by a tenth.
-    # Codes of ternary take more to bring down, and serve twice as many rows: 1.3 times as fast with 8 and more.
+    # Codes of ternary take more to bring down, and serve twice as many rows: 1.3 times as fast with 8
+    # and more, .7 with two.
     if kind == "ternary" and size != "single":
         return Tile(rows=8, blocks=2)
     return Tile(rows=1, blocks=4) if size == "single" else Tile(rows=4, blocks=4)

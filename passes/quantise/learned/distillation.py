@@ -149,8 +149,8 @@ class Distillation:
         learning = [number for number in range(count) if number % apart]
         # Workers that share a batch are done at the same time where its texts are of one length.
         usual = self._texts[0].shape[1]
-        longer = [number for number in learning if self._texts[number].shape[1] > usual]
-        self._by_length = [part for part in ([n for n in learning if n not in set(longer)], longer) if part]
+        parts_of = ([n for n in learning if (self._texts[n].shape[1] > usual) is longer] for longer in (False, True))
+        self._by_length = [part for part in parts_of if part]
         self._steps = sum(-(-len(part) // course.batch) for part in self._by_length)
         self._inputs, self._targets = self._starts(parts)
 

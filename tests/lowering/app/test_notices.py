@@ -115,7 +115,7 @@ def test_the_text_that_comes_with_hikui_is_not_called_too_short(tiny: Path, tmp_
         head.replace("samples: 100000", "samples: 2, training: 4, long: 900000") + "calibrate, dead_code]\n"
     )
     (sentence,) = (sentence for sentence in said(Request(tiny, recipe)) if "too few long documents" in sentence)
-    assert "the recipe asks for 900000; what learns from fewer forgets more of what is far back" in sentence
+    assert "the recipe asks for 900000; give longer documents." in sentence
     recipe.write_text(head + "calibrate, dead_code]\n")
     text = tmp_path / "hi.txt"
     text.write_text("Hi")
