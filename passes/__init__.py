@@ -17,6 +17,7 @@ from hikui.passes.precision.sensitivity import Sensitivity
 from hikui.passes.precision.trial import Trial
 from hikui.passes.quantise.adopt import Adopt
 from hikui.passes.quantise.embedding import Embedding
+from hikui.passes.quantise.factorise import Factorise
 from hikui.passes.quantise.gptq import Gptq
 from hikui.passes.quantise.hqq import Hqq
 from hikui.passes.quantise.learned.distil import Distil
@@ -48,6 +49,7 @@ __all__ = [
     "DeadCode",
     "Distil",
     "Embedding",
+    "Factorise",
     "Fuse",
     "Gptq",
     "Guide",
@@ -82,6 +84,7 @@ PASSES: tuple[type[Pass], ...] = (
     Adopt,
     Assign,
     Mixed,
+    Factorise,
     Qep,
     Rtn,
     Hqq,

@@ -13,10 +13,12 @@ from hikui.lowering.ir.program import (
     BLOCK,
     COLUMNS,
     CORRECTION,
+    FACTOR,
     FIXED,
     FLOAT_WEIGHT,
     FORMAT,
     GROUP,
+    LATENT,
     SENSITIVITY,
     SITE,
     STATISTICS,
@@ -27,7 +29,7 @@ from hikui.lowering.ir.program import (
 aten = torch.ops.aten
 hikui = torch.ops.hikui
 
-SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT, CORRECTION, COLUMNS)
+SITE_METADATA = (SITE, GROUP, STATISTICS, SENSITIVITY, FORMAT, FIXED, FLOAT_WEIGHT, CORRECTION, COLUMNS, FACTOR, LATENT)
 """What is known of a site, whatever op it has become."""
 
 INHERITED = (BLOCK, "nn_module_stack", "stack_trace")

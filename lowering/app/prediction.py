@@ -22,6 +22,7 @@ from hikui.passes.precision.candidates import tied_nbytes
 from hikui.passes.precision.latency import PICOSECONDS
 from hikui.passes.precision.rest import rest_nbytes
 from hikui.passes.quantise.embedding import Embedding
+from hikui.passes.quantise.factorise import Factorise
 from hikui.passes.quantise.pack import Pack
 from hikui.passes.quantise.rounder import Rounder
 
@@ -122,7 +123,7 @@ def _milliseconds(sites: list[fx.Node], program: Program, path: str | Path) -> t
 def _format_all(program: Program, rest: list[Pass]) -> None:
     """Gives sites that have no format yet the one that the next quantiser that takes them has for them."""
     for step in rest:
-        if isinstance(step, Rounder):
+        if isinstance(step, Rounder | Factorise):
             for node in step.chosen(program):
                 node.meta.setdefault(FORMAT, str(step.format_of(node)))
         elif isinstance(step, Pack):

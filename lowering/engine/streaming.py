@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
+from hikui.lowering.ir.float_matrix import float_matrix
 from hikui.lowering.ir.interpreter import empty_cache
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import FLOAT_WEIGHT, WEIGHT, Program, evaluate
@@ -217,8 +218,8 @@ class Stream:
 
     def _matrix(self, node: fx.Node) -> Tensor:
         """The matrix that a packed site multiplies with, float32 [n, k]."""
-        store, packed = self.program.store, PackedLinear.of(node)
-        return packed.unrounded(store) if self._as_float and FLOAT_WEIGHT in node.meta else packed.dense(store)
+        store, exact = self.program.store, self._as_float and FLOAT_WEIGHT in node.meta
+        return float_matrix(node, store) if exact else PackedLinear.of(node).dense(store)
 
     def _run(
         self, stage: _Stage, values: dict[str, object], beside: Mapping[str, object], watched: Mapping[str, object]

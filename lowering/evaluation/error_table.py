@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from hikui.lowering.engine.streaming import ACTIVATION_MEMORY, Stream, Watch
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError
-from hikui.lowering.ir.packed import PackedLinear, float_and_packed_rows, is_packed
+from hikui.lowering.ir.float_matrix import float_and_packed_rows
+from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import BRANCH, SITE, Program
 from hikui.lowering.progress import Progress, no_progress
 

@@ -9,10 +9,12 @@ from hikui.lowering.formats.activations import quantize_activation, quantize_act
 from hikui.lowering.formats.cache import CODE_TYPES, cache_format, dequantize_cache, quantize_cache
 from hikui.lowering.formats.format import (
     ACTIVATION_PADDING,
+    FACTORS,
     GROUPS,
     LEAST_SCALE,
     MIXED,
     ROWS,
+    SIGNS,
     SUM_WIDTH,
     WIDEST_GROUP,
     Format,
@@ -26,6 +28,7 @@ from hikui.lowering.formats.packing import Packed, pack, pack_scale, unpack, unp
 __all__ = [
     "ACTIVATION_PADDING",
     "CODE_TYPES",
+    "FACTORS",
     "FP4",
     "GROUPS",
     "KINDS",
@@ -33,6 +36,7 @@ __all__ = [
     "MIXED",
     "NF4",
     "ROWS",
+    "SIGNS",
     "SUM_WIDTH",
     "WIDEST_GROUP",
     "Format",

@@ -1,5 +1,6 @@
 """The name of a weight format, its sizes, and the bits that it truly takes."""
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -36,10 +37,18 @@ WIDEST_TERNARY = 32768
 """Columns that kernels add up under one scale of `ternary`: their sums of 32 bits hold 256 times the result."""
 
 MIXED = "mixed"
+FACTORS = "factors"
 FLOAT_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
+MOST_FACTORS = 4.0
+"""Bits per weight that factors may take: from three on, rounded integers have less error in fewer bits."""
+
+RANK_STEP = 32
+"""Columns of a matrix of signs are padded to so many, so a rank between two would store what nothing reads."""
+
 _PATTERN = re.compile(
-    rf"({'|'.join(KINDS)})-(?:g(\d+)|channel)|({MIXED})-g(\d+)-c(\d+)|({'|'.join(FLOAT_DTYPES)})",
+    rf"({'|'.join(KINDS)})-(?:g(\d+)|channel)|({MIXED})-g(\d+)-c(\d+)|({'|'.join(FLOAT_DTYPES)})"
+    rf"|({FACTORS})-(?:r(\d+)|(\d{{1,2}}(?:\.\d{{1,6}})?))",
     re.ASCII,
 )
 
@@ -88,26 +97,33 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """Integer codes with a scale for each group of columns, or plain floats.
+    """Integer codes with a scale for each group of columns, plain floats, or two factors of signs.
 
     Attributes:
-        kind: a key of `KINDS`, `mixed`, `float16` or `float32`.
+        kind: a key of `KINDS`, `mixed`, `factors`, `float16` or `float32`.
         group: input columns that share a scale, a multiple of 32; None is one scale a row (and the only value for
             floats). A matrix whose columns it does not divide may be cut into others: see `group_size`.
         columns: for `mixed`, how many leading columns are `int4`; the others are `sign`. Which columns lead is the
-            affair of whoever permutes them.
+            affair of whoever permutes them. For `factors`, their rank, where it is given instead of a rate.
+        rate: for `factors`, the bits a weight, all scales counted, that their rank is the largest for. A site has this
+            format until two products with matrices of signs, each of a format of its own, take its place.
     """
 
     kind: str
     group: int | None = None
     columns: int | None = None
+    rate: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, MIXED, *FLOAT_DTYPES):
-            known = ", ".join([*KINDS, MIXED, *FLOAT_DTYPES])
+        if self.kind not in (*KINDS, MIXED, FACTORS, *FLOAT_DTYPES):
+            known = ", ".join([*KINDS, MIXED, FACTORS, *FLOAT_DTYPES])
             raise UsageError(f"Format '{self.kind}' is not known; the formats are {known}.")
         groups = ", ".join(map(str, GROUPS))
-        if self.is_mixed:
+        if self.is_factors:
+            self._check_factors()
+        elif self.rate is not None:
+            raise UsageError(f"Format '{self.kind}' has its bits of itself; only 'factors' takes a number of them.")
+        elif self.is_mixed:
             if self.group not in GROUPS:
                 raise UsageError(f"Format 'mixed' cannot have a group of {self.group}; it takes {groups}.")
             if not self.columns or self.columns < 0 or self.columns % self.group:
@@ -123,9 +139,21 @@ class Format:
                 f"multiple of {SUM_WIDTH} up to {WIDEST_GROUP}, or channel, float formats take none."
             )
 
+    def _check_factors(self) -> None:
+        if self.group is not None or (self.rate is None) == (self.columns is None):
+            raise UsageError("Format 'factors' takes either a rank or bits per weight, and no group.")
+        if self.rate is not None and not 0 < self.rate <= MOST_FACTORS:
+            raise UsageError(
+                f"Format 'factors' cannot take {self.rate:g} bits per weight; it takes up to {MOST_FACTORS:g}."
+            )
+        if self.columns is not None and (self.columns < 1 or self.columns % RANK_STEP):
+            raise UsageError(
+                f"Format 'factors' cannot have a rank of {self.columns}; it takes a multiple of {RANK_STEP}."
+            )
+
     @staticmethod
     def parse(text: str) -> "Format":
-        """Reads `int4-g64`, `sign-channel`, `nf4-g32`, `mixed-g128-c768`, `float16`, …
+        """Reads `int4-g64`, `sign-channel`, `nf4-g32`, `mixed-g128-c768`, `factors-1.6`, `float16`, …
 
         Raises:
             UsageError: the text names no format.
@@ -134,14 +162,18 @@ class Format:
         if match is None:
             raise UsageError(
                 f"Format '{text}' is not known; write for example int4-g64, int8-g128, int4-channel, sign-g128, "
-                "ternary-g64, nf4-g64, mixed-g128-c768, float16 or float32."
+                "ternary-g64, nf4-g64, mixed-g128-c768, factors-1.6, float16 or float32."
             )
-        plain, group, mixed, mixed_group, columns, floating = match.groups()
+        plain, group, mixed, mixed_group, columns, floating, factors, rank, rate = match.groups()
+        if factors:
+            return Format(factors, columns=int(rank)) if rank else Format(factors, rate=float(rate))
         if mixed:
             return Format(mixed, int(mixed_group), int(columns))
         return Format(plain or floating, int(group) if group else None)
 
     def __str__(self) -> str:
+        if self.is_factors:
+            return f"{self.kind}-{self.rate:g}" if self.columns is None else f"{self.kind}-r{self.columns}"
         if not self.is_integer:
             return self.kind
         if self.is_mixed:
@@ -151,15 +183,27 @@ class Format:
     @property
     def is_integer(self) -> bool:
         """Whether weights are integer codes (of a codebook also) with scales."""
-        return self.kind not in FLOAT_DTYPES
+        return self.kind not in (FACTORS, *FLOAT_DTYPES)
+
+    @property
+    def is_factors(self) -> bool:
+        """Whether two matrices of signs are to stand for the matrix."""
+        return self.kind == FACTORS
 
     @property
     def is_mixed(self) -> bool:
         return self.kind == MIXED
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is of one matrix, all of whose columns are stored alike."""
+        return not self.is_mixed and not self.is_factors
+
+    @property
     def bits(self) -> int:
         """Bits of one stored value (the widest, for `mixed`), without scales and padding."""
+        if self.is_factors:
+            return 1
         if not self.is_integer:
             return FLOAT_DTYPES[self.kind].itemsize * 8
         return KINDS["int4" if self.is_mixed else self.kind].bits
@@ -177,6 +221,8 @@ class Format:
 
     @property
     def weight_dtype(self) -> torch.dtype:
+        if self.is_factors:
+            return torch.uint8
         if not self.is_integer:
             return FLOAT_DTYPES[self.kind]
         return torch.uint8 if self.is_mixed else KINDS[self.kind].dtype
@@ -185,9 +231,11 @@ class Format:
         """The runs of columns stored alike: one, but two for `mixed`. `k` may be the padded number of columns.
 
         Raises:
-            UsageError: `mixed` wants more int4 columns than there are, or `ternary` has more under a scale than kernels
-                add up.
+            UsageError: `mixed` wants more int4 columns than there are, `ternary` has more under a scale than kernels
+                add up, or the format is of two matrices.
         """
+        if self.is_factors:
+            raise UsageError(f"Format '{self}' is of two matrices, which are stored as '{SIGNS}' each.")
         if self.kind == "ternary" and self.group is None and k > WIDEST_TERNARY:
             raise UsageError(
                 f"Format '{self}' adds up {WIDEST_TERNARY} columns at most, and the matrix has {k}; take ternary-g256."
@@ -234,9 +282,9 @@ class Format:
 
     def weight_shape(self, n: int, k: int) -> tuple[int, ...]:
         blocks = -(-n // ROWS)
+        self.segments(k)  # Says so where the format does not fit.
         if not self.is_integer:
             return (blocks, k, ROWS)
-        self.segments(k)  # Says so where the format does not fit.
         if self.is_mixed:
             assert self.columns is not None
             return (blocks, (self.padded_k(k) + 3 * self.columns) // SUM_WIDTH, ROWS, 4)
@@ -245,8 +293,28 @@ class Format:
     def scale_shape(self, n: int, k: int) -> tuple[int, ...] | None:
         return (-(-n // ROWS), self.groups(k), ROWS) if self.is_integer else None
 
+    def rank(self, n: int, k: int) -> int:
+        """Of the factors of an n×k matrix: as given, or the largest multiple of 32 that the rate allows.
+
+        It is at least 32, even where that takes more bits.
+
+        Raises:
+            UsageError: a rank was given that takes more bits than factors may.
+        """
+        if self.columns is None:
+            assert self.rate is not None, "factors have a rank or a rate"
+            return _largest_rank(n, k, self.rate)
+        if self.columns > (most := _largest_rank(n, k, MOST_FACTORS)):
+            raise UsageError(
+                f"Format '{self}' takes more than {MOST_FACTORS:g} bits for each weight of a matrix of {n}×{k}; its "
+                f"rank is {most} at most."
+            )
+        return self.columns
+
     def nbytes(self, n: int, k: int) -> int:
-        """Bytes of the packed matrix, scales and padding counted."""
+        """Bytes of the packed matrix, or of both factors, scales and padding counted."""
+        if self.is_factors:
+            return _factor_nbytes(n, k, self.rank(n, k))
         weight = torch.Size(self.weight_shape(n, k)).numel() * self.weight_dtype.itemsize
         scale = self.scale_shape(n, k)
         return weight + (torch.Size(scale).numel() * torch.float16.itemsize if scale else 0)
@@ -262,6 +330,8 @@ class Format:
     def notes(self, n: int, k: int) -> list[str]:
         """What a reader of the report should know of this format on an n×k matrix."""
         out = []
+        if self.is_factors:
+            return [f"rank {self.rank(n, k)}, {self.true_bits(n, k):.3f} bits per weight"]
         size = self.group_size(k) if self.is_integer else None
         if self.group is not None and not self.is_mixed and self.group > k:
             out.append(f"group {self.group} is wider than K={k}: one group for the whole channel")
@@ -274,3 +344,18 @@ class Format:
         if n % ROWS:
             out.append(f"N={n} is padded to {round_up(n, ROWS)} rows")
         return out
+
+
+SIGNS = Format("sign")
+"""Of either of two factors."""
+
+
+def _largest_rank(n: int, k: int, rate: float) -> int:
+    # Linear in the rank: two of them say how many bytes a step takes.
+    first, second = (_factor_nbytes(n, k, rank) for rank in (RANK_STEP, 2 * RANK_STEP))
+    return RANK_STEP * max(1, 1 + math.floor((rate * n * k / 8 - first) / (second - first)))
+
+
+def _factor_nbytes(n: int, k: int, rank: int) -> int:
+    """Bytes of the factors of an n×k matrix: of both, their scales, and those of the columns, which are float32."""
+    return SIGNS.nbytes(n, rank) + SIGNS.nbytes(rank, k) + torch.float32.itemsize * k

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 import hikui.lowering.ir.dialect  # noqa: F401  (registers the ops)
 from hikui.lowering.errors import UsageError, VerificationError
 from hikui.lowering.formats import ROWS, Format, unpack
-from hikui.lowering.ir.program import FLOAT_WEIGHT, WEIGHT, Program
+from hikui.lowering.ir.program import FLOAT_WEIGHT, LATENT, WEIGHT, Program
 from hikui.lowering.ir.store import WeightStore
 
 PACKED_OPS: tuple[Any, ...] = (
@@ -160,6 +160,12 @@ class PackedLinear:
         order, matrix = self.column_order(store), store.load(str(self.node.meta[FLOAT_WEIGHT])).float()
         return matrix if order is None else matrix[:, order]
 
+    def latent(self, store: WeightStore) -> Tensor:
+        """What its codes are the nearest to, columns as stored: float32 [n, k]; of factors their own."""
+        if LATENT in self.node.meta:
+            return store.load(str(self.node.meta[LATENT])).float()
+        return self.unrounded(store)
+
     def dense(self, store: WeightStore) -> Tensor:
         """The matrix that activations are multiplied with, its branch added, columns as stored: float32 [n, k]."""
         out, start = torch.empty(self.rows, self.columns), 0
@@ -252,27 +258,6 @@ def _unpacked_rows(store: WeightStore, packed: PackedLinear | PackedEmbedding, k
         blocks = slice(start, start + _BLOCKS)
         count = min((start + _BLOCKS) * ROWS, packed.rows) - start * ROWS
         yield unpack(packed.format, weight[blocks], None if scale is None else scale[blocks], count, k)
-
-
-def float_and_packed_rows(
-    program: Program, node: fx.Node, floats: WeightStore, key: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some rows at a time, a float matrix and the packed one that stands for it: float32 [rows, k] each.
-
-    Both have their columns in the packed one's order.
-
-    Args:
-        program: holds the packed matrix.
-        node: a call of one of `PACKED_OPS`, or of `hikui::embedding`.
-        floats: holds the float matrix.
-        key: its store key.
-    """
-    packed = PackedEmbedding.of(node) if is_packed_embedding(node) else PackedLinear.of(node)
-    order, start = None if isinstance(packed, PackedEmbedding) else packed.column_order(program.store), 0
-    for approximation in packed.dense_rows(program.store):
-        rows = floats.load_rows(key, start, start + approximation.shape[0]).float()
-        start += approximation.shape[0]
-        yield (rows if order is None else rows[:, order]), approximation
 
 
 def verify_packed(node: fx.Node) -> None:

@@ -50,6 +50,8 @@ TRANSFORMED = "hikui.transformed"
 ROTATED = "hikui.rotated"
 FLOAT_WEIGHT = "hikui.float_weight"
 BRANCH = "hikui.branch"
+FACTOR = "hikui.factor"
+LATENT = "hikui.latent"
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

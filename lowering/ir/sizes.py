@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from hikui.lowering.ir.factored import FactoredLinear, is_factor, is_left_factor
 from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, is_packed, is_packed_embedding, is_stored
 from hikui.lowering.ir.program import BLOCK, SITE, Program
 
@@ -115,7 +116,9 @@ def measure(program: Program) -> Sizes:
             if is_stored(weight):
                 n, k = weight.meta["val"].shape
                 found.append(Site(_name(node, program), "float32", n, k, 0, _nbytes(weight), BLOCK in node.meta))
-        elif is_packed(node):
+        elif is_left_factor(node):
+            found.append(_factored(node, program))
+        elif is_packed(node) and not is_factor(node):
             site = _packed(node, program, orders)
             if node.target is torch.ops.hikui.linear.default and SITE not in node.meta:
                 branches += site.nbytes
@@ -146,6 +149,7 @@ def _kinds(program: Program) -> dict[str, int]:
             note(packed.weight, "codes" if packed.format.is_integer else "floats")
             note(packed.scale, "scales")
             note(packed.order, "orders")
+            note(FactoredLinear.of(node).columns if is_left_factor(node) else None, "scales")
             for factor in packed.branch or ():
                 note(factor, "branches")
         elif node.target is _LINEAR and is_stored(node.args[1]):
@@ -177,8 +181,12 @@ def _parameters(program: Program) -> int:
     for node in program.graph.nodes:
         if is_packed(node):
             packed = PackedLinear.of(node)
-            counts[program.weight_of(packed.weight)] = packed.rows * packed.columns
+            # What two factors stand for counts at the one that has the site's rows.
+            columns = FactoredLinear.of(node).right.columns if is_left_factor(node) else packed.columns
+            counts[program.weight_of(packed.weight)] = packed.rows * columns
             beside = [packed.scale, packed.order, *(packed.branch or ())]
+            if is_factor(node):
+                beside += [FactoredLinear.of(node).columns] if is_left_factor(node) else [packed.weight]
         elif is_packed_embedding(node):
             table = PackedEmbedding.of(node)
             counts[program.weight_of(table.weight)] = table.rows * table.columns
@@ -202,6 +210,13 @@ def _packed(node: fx.Node, program: Program, orders: set[str]) -> Site:
     return Site(
         _name(node, program), str(packed.format), packed.rows, packed.columns, packed.rank, nbytes, BLOCK in node.meta
     )
+
+
+def _factored(node: fx.Node, program: Program) -> Site:
+    """A site that two matrices of signs stand for; the scales of its columns count."""
+    both = FactoredLinear.of(node)
+    n, k, nbytes = both.left.rows, both.right.columns, sum(map(_nbytes, both.stored()))
+    return Site(_name(node, program), f"factors-r{both.rank}", n, k, 0, nbytes, BLOCK in node.meta)
 
 
 def _name(node: fx.Node, program: Program) -> str:

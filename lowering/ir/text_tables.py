@@ -12,10 +12,12 @@ from hikui.lowering.ir.program import (
     BRANCH,
     COLUMNS,
     CORRECTION,
+    FACTOR,
     FIXED,
     FLOAT_WEIGHT,
     FORMAT,
     GROUP,
+    LATENT,
     ROTATED,
     SENSITIVITY,
     SITE,
@@ -96,6 +98,8 @@ ANNOTATIONS: Mapping[str, tuple[str, str]] = {
     "rotated": (ROTATED, "list"),
     "float_weight": (FLOAT_WEIGHT, "text"),
     "branch": (BRANCH, "text"),
+    "factor": (FACTOR, "text"),
+    "latent": (LATENT, "text"),
     "module": (MODULE, "module"),
 }
 """Annotations in the order in which they stand: the metadata that each holds, and how its value is written."""

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
+from hikui.lowering.ir.float_matrix import float_matrix
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BLOCK, FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.lowering.memory import give_back
@@ -246,8 +247,9 @@ def _float_matrix(program: Program, site: fx.Node) -> Tensor:
     """What a site multiplies with in the float model, as far as it is still known."""
     if site.target is not _LINEAR:
         return program.store.load(program.weight_of(weight_of(site)))
-    packed = PackedLinear.of(site)
-    return packed.unrounded(program.store) if FLOAT_WEIGHT in site.meta else packed.dense(program.store)
+    if FLOAT_WEIGHT in site.meta:
+        return float_matrix(site, program.store)
+    return PackedLinear.of(site).dense(program.store)
 
 
 def _footprint(parts: Sections, texts: list[Tensor], workers: int) -> Footprint:

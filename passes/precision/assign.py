@@ -73,7 +73,8 @@ class Assign(Pass):
             )
         if self.target_size < 0:
             raise UsageError(f"assign cannot keep to {self.target_size:g} MB; target_size is above 0, or 0 for none.")
-        Format.parse(self.tables)
+        if not Format.parse(self.tables).is_plain:
+            raise UsageError(f"assign cannot count tables in {self.tables}; give a format whose columns are all alike.")
         if not self.target_bpw > 0:
             raise UsageError(f"assign cannot keep to {self.target_bpw:g} bits per weight; target_bpw is above 0.")
         parse_formats(self.formats)

@@ -6,16 +6,23 @@ from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import Format
 
 
-def parse_formats(text: str) -> list[Format]:
+def parse_formats(text: str, *, factors: bool = True) -> list[Format]:
     """The formats of a list, each once, in its order.
 
+    Args:
+        text: the list.
+        factors: whether factors may be among them.
+
     Raises:
-        UsageError: the list is empty, or names what is no format.
+        UsageError: the list is empty, or names what is no format, or none that is wanted.
     """
     names = [name.strip() for name in text.split("|") if name.strip()]
     if not names:
         raise UsageError("The list of formats is empty; write for example int4-g64|int8-g64.")
-    return list(dict.fromkeys(map(Format.parse, names)))
+    formats = list(dict.fromkeys(map(Format.parse, names)))
+    if not factors and (found := [fmt for fmt in formats if fmt.is_factors]):
+        raise UsageError(f"{found[0]} is of two matrices, whose error is not that of rounding one; try it by `trial`.")
+    return formats
 
 
 def tied_nbytes(formats: Sequence[Format], shapes: Sequence[tuple[int, int]]) -> int:

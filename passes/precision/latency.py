@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import KINDS, Format
+from hikui.lowering.formats import KINDS, SIGNS, Format
 
 PICOSECONDS = 10**9
 """In a millisecond: times are whole numbers of them."""
@@ -52,7 +52,11 @@ class Speeds:
 
     def lacks(self, formats: Iterable[Format]) -> list[str]:
         """The kinds that formats are made of and that have no speed here."""
-        kinds = {_timed_as(part.format) for fmt in formats for part in fmt.segments((fmt.columns or 0) + 1)}
+        kinds = {
+            _timed_as(part.format)
+            for fmt in formats
+            for part in (SIGNS if fmt.is_factors else fmt).segments((fmt.columns or 0) + 1)
+        }
         return sorted(kinds - self.of.keys())
 
     def picoseconds(self, fmt: Format, n: int, k: int) -> int:
@@ -65,6 +69,9 @@ class Speeds:
             n: output features.
             k: input features.
         """
+        if fmt.is_factors:
+            rank = fmt.rank(n, k)
+            return self.picoseconds(SIGNS, rank, k) + self.picoseconds(SIGNS, n, rank)
         parts = fmt.segments(fmt.padded_k(k))
         bytes_wide = 1 if fmt.is_integer else fmt.bits / 8
         return math.ceil(

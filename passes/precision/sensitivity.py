@@ -37,14 +37,18 @@ class Sensitivity(Pass):
     clip: Literal["mse", "minmax"] = "mse"
 
     def __post_init__(self) -> None:
-        parse_formats(self.formats)
+        self._listed()
+
+    def _listed(self) -> list[Format]:
+        """The candidates: of factors, which are two matrices, the error of one says nothing."""
+        return parse_formats(self.formats, factors=False)
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where sites, or the statistics that the metric needs, are missing."""
         found = float_sites(program)
         if not found:
             raise HikuiError("There is no unpacked linear site; run `canonicalise` first, and `rtn` later.")
-        for fmt in parse_formats(self.formats):
+        for fmt in self._listed():
             if fmt.is_mixed:
                 require_mixable(found, fmt)
         if self.metric != "weight":
@@ -87,7 +91,7 @@ class Sensitivity(Pass):
             key=lambda node: (max(node.meta[SENSITIVITY].values()), node.meta[SITE]),
         )
         label = "pbar, after Squeeze10" if self.metric == "pbar" else self.metric
-        formats = parse_formats(self.formats)
+        formats = self._listed()
         note = f"{label}: {len(chosen)} sites in {len(formats)} formats; the largest error is {worst.meta[SITE]}'s"
         return PassResult(work, True, [note])
 
@@ -97,7 +101,7 @@ class Sensitivity(Pass):
 
     def _task(self, program: Program, block: list[list[fx.Node]]) -> "Task":
         """What a process needs to measure the sites of a block, without the program."""
-        formats, out = parse_formats(self.formats), []
+        formats, out = self._listed(), []
         for members in block:
             orders = {str(fmt): mixed_order(program, members, fmt).long() for fmt in formats if fmt.is_mixed}
             for node in members:
@@ -110,7 +114,7 @@ class Sensitivity(Pass):
 
     def ensures(self, program: Program) -> None:
         """Every unpacked site has a finite cost for each format."""
-        wanted = {str(fmt) for fmt in parse_formats(self.formats)}
+        wanted = {str(fmt) for fmt in self._listed()}
         for node in float_sites(program):
             costs = node.meta.get(SENSITIVITY, {})
             if not wanted <= costs.keys() or not all(torch.isfinite(torch.tensor(list(costs.values())))):

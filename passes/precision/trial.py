@@ -35,8 +35,12 @@ from hikui.passes.graph import (
 from hikui.passes.matrices import load_finite
 from hikui.passes.measure.footprint import Footprint, refuse_what_cannot_fit, value_nbytes
 from hikui.passes.precision.candidates import parse_formats
+from hikui.passes.quantise.binary_factors import factorise, shrunk
 from hikui.passes.quantise.columns import mixed_order, require_mixable
 from hikui.passes.quantise.rounding import dequantise, round_matrix
+
+_ITERATIONS = 30
+"""Of the alternation that finds factors: a third of what `factorise` takes leaves a sixth more error, at all ranks."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Trial(Pass):
     """Rounds one site at a time to each format, and notes how far the next tokens move; nothing else is changed.
 
     The cost is KL(float‖one site rounded) in nats a token, over some of the calibration texts. Sites are rounded as
-    `rtn{weighted=true}` would where `calibrate` has measured them, else as `rtn` would. What an earlier measure has
+    `rtn{weighted=true}` would where `calibrate` has measured them, else as `rtn` would, and factorised as `factorise`
+    would, with fewer iterations. What an earlier measure has
     said of a site that is tried is forgotten: costs of two units cannot be added up. A site whose format `override` has
     fixed is not tried.
 
@@ -263,11 +268,11 @@ class _Trials:
 
     def _rounded(self, site: fx.Node, fmt: Format) -> Tensor:
         weight = self._matrices[site] if site in self._matrices else self._load(site)
+        if fmt.is_factors:
+            return self._factored(site, fmt, weight)
         if not fmt.is_integer:
             return weight.to(fmt.weight_dtype).float()
-        importance = None
-        if is_measured(site):
-            importance = self._program.store.load(site.meta[STATISTICS]["mean_square"]).float()
+        importance = self._mean_square(site)
         order = None
         if fmt.is_mixed:
             name = next(name for name, members in self._tied.items() if site in members)
@@ -279,6 +284,15 @@ class _Trials:
         except OverflowError as error:
             raise HikuiError(f"Site {site.meta[SITE]} as {fmt}: {error}; leave the format out.") from error
         return rounded if order is None else rounded[:, order.argsort()]
+
+    def _mean_square(self, site: fx.Node) -> Tensor | None:
+        return self._program.store.load(site.meta[STATISTICS]["mean_square"]).float() if is_measured(site) else None
+
+    def _factored(self, site: fx.Node, fmt: Format, weight: Tensor) -> Tensor:
+        square = self._mean_square(site)
+        importance = None if square is None else shrunk(square)
+        generator = torch.Generator().manual_seed(0)
+        return factorise(weight, fmt.rank(*weight.shape), importance, _ITERATIONS, generator).dense()
 
 
 def _footprint(parts: Sections, chosen: Sequence[fx.Node], texts: Sequence[Tensor], workers: int) -> Footprint:

@@ -60,7 +60,7 @@ class Adopt(Pass):
     skip: str = ""
 
     def __post_init__(self) -> None:
-        if self.lossy and Format.parse(self.lossy).is_mixed:
+        if self.lossy and not Format.parse(self.lossy).is_plain:
             raise UsageError(f"adopt cannot round to {self.lossy}; lossy takes a format whose columns are all alike.")
 
     def requires(self, program: Program) -> None:

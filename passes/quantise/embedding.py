@@ -10,7 +10,9 @@ from torch import Tensor, fx
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import HikuiError, UsageError, VerificationError
 from hikui.lowering.formats import Format, Packed, pack
-from hikui.lowering.ir.packed import PackedLinear, float_and_packed_rows, is_packed
+from hikui.lowering.ir.factored import is_factor
+from hikui.lowering.ir.float_matrix import float_and_packed_rows
+from hikui.lowering.ir.packed import PackedLinear, is_packed
 from hikui.lowering.ir.program import BRANCH, CORRECTION, FLOAT_WEIGHT, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import aten, hikui, insert, is_call, is_weight, replace
@@ -38,10 +40,9 @@ class Embedding(Pass):
     share: bool = True
 
     def __post_init__(self) -> None:
-        if Format.parse(self.format).is_mixed:
+        if not Format.parse(self.format).is_plain:
             raise UsageError(
-                f"embedding cannot store rows as {self.format}, whose columns stand in another order; take a format "
-                "whose columns are all alike."
+                f"embedding cannot store rows as {self.format}; take a format of one matrix with all columns alike."
             )
 
     def requires(self, program: Program) -> None:
@@ -146,7 +147,7 @@ def _heads(program: Program) -> dict[str, PackedLinear]:
     branched = {str(node.meta[BRANCH]) for node in program.graph.nodes if BRANCH in node.meta}
     found: dict[str, PackedLinear] = {}
     for node in program.graph.nodes:
-        if not is_packed(node) or FLOAT_WEIGHT not in node.meta or CORRECTION in node.meta:
+        if not is_packed(node) or FLOAT_WEIGHT not in node.meta or CORRECTION in node.meta or is_factor(node):
             continue
         packed = PackedLinear.of(node)
         other = packed.branch is not None or packed.order is not None or packed.format.is_mixed

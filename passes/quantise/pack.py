@@ -9,7 +9,7 @@ import torch
 from hikui.lowering.errors import HikuiError, VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.formats import pack as pack_matrix
-from hikui.lowering.ir.program import SITE, Program
+from hikui.lowering.ir.program import FORMAT, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import weight_of
 from hikui.passes.quantise.packing import float_linears, pack_by_rows, replace_with_packed
@@ -25,6 +25,15 @@ class Pack(Pass):
 
     name: ClassVar[str] = "pack"
     format: Literal["float32", "float16"] = "float32"
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError where a site still waits for its factors."""
+        for node in float_linears(program):
+            if Format.parse(node.meta.get(FORMAT, "float32")).is_factors:
+                raise HikuiError(
+                    f"Site {node.meta[SITE]} is to become {node.meta[FORMAT]}, and nothing has factorised it; run "
+                    "`factorise` first."
+                )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Packs one matrix after the other.

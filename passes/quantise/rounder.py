@@ -48,7 +48,9 @@ def chosen_format(name: str, bits: int, group: int, text: str, kinds: Mapping[in
     if text and (bits, group) != (BITS, GROUP):
         raise UsageError(f"{name} takes either format, or bits and group; leave out one or the other.")
     if text:
-        return Format.parse(text)
+        if (fmt := Format.parse(text)).is_factors:
+            raise UsageError(f"{name} rounds one matrix, and {fmt} is of two; run `factorise` for it.")
+        return fmt
     kind = kinds[bits]
     return Format(kind, group or None) if kind in KINDS else Format(kind)
 
@@ -96,8 +98,9 @@ class Rounder(Pass, Generic[Prepared]):
         return assigned_format(node, self.default_format())
 
     def chosen(self, program: Program) -> list[fx.Node]:
-        """The sites that it quantises, in graph order."""
-        return list(selected(float_sites(program), self.sites, self.skip))
+        """The sites that it quantises, in graph order: not those that are to become factors."""
+        found = selected(float_sites(program), self.sites, self.skip)
+        return [node for node in found if not self.format_of(node).is_factors]
 
     def wants(self) -> frozenset[str]:
         """Which statistics it needs of what a site reads: `mean_square`, `max_abs`, `mean_abs`, `gram`."""

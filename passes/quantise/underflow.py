@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError
 from hikui.lowering.formats import LEAST_SCALE, ROWS, unpack_scale
-from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, float_and_packed_rows, is_packed_embedding
+from hikui.lowering.ir.float_matrix import float_and_packed_rows
+from hikui.lowering.ir.packed import PackedEmbedding, PackedLinear, is_packed_embedding
 from hikui.lowering.ir.program import Program
 
 LOST_SHARE = 0.01

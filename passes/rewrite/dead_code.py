@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hikui.lowering.ir.program import FLOAT_WEIGHT, STATISTICS, Program
+from hikui.lowering.ir.program import FLOAT_WEIGHT, LATENT, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import erase_dead
 
@@ -23,6 +23,7 @@ class DeadCode(Pass):
             return PassResult(program, False)
         for node in work.graph.nodes:
             node.meta.pop(FLOAT_WEIGHT, None)
+            node.meta.pop(LATENT, None)
             node.meta.pop(STATISTICS, None)
         work.recompile()
         return PassResult(work, True, [f"{calls} calls and {len(weights)} weights removed"])

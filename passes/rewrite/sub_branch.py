@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from hikui.lowering.errors import HikuiError, UsageError
+from hikui.lowering.ir.factored import is_factor
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import BRANCH, FLOAT_WEIGHT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
@@ -120,7 +121,7 @@ class SubBranch(Pass):
 
 
 def _integer_sites(program: Program) -> list[fx.Node]:
-    packed = [node for node in sites(program) if is_call(node, hikui.linear.default)]
+    packed = [node for node in sites(program) if is_call(node, hikui.linear.default) and not is_factor(node)]
     return [node for node in packed if PackedLinear.of(node).format.is_integer]
 
 

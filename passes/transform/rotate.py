@@ -54,7 +54,7 @@ class Rotate(Pass):
     required: bool = True
 
     def __post_init__(self) -> None:
-        if self.ends and Format.parse(self.ends).is_mixed:
+        if self.ends and not Format.parse(self.ends).is_plain:
             raise UsageError(f"rotate cannot have its ends in {self.ends}; give float16 or a format of one kind.")
 
     def requires(self, program: Program) -> None:

@@ -37,6 +37,7 @@ MIXED = (
     "canonicalise,calibrate,mixed{group=32},rtn,sub_branch{rank=2},activation{static=true},pack{format=float16},fuse,"
     "dead_code"
 )
+FACTORS = "canonicalise,factorise{bits=3,iterations=5,skip=lm_head},rtn,activation,pack,fuse,dead_code"
 
 Array = npt.NDArray[Any]
 

@@ -33,7 +33,18 @@ from hikui.lowering.trace import trace
 from hikui.models.synthetic import TINY_CONTEXT
 
 from . import onnxruntime_support as support
-from .onnxruntime_support import BYTES, CODEBOOK, EMBEDDED, FLOAT, FLOAT_ACTIVATIONS, HALF, MIXED, QUANTISED, SIGNS
+from .onnxruntime_support import (
+    BYTES,
+    CODEBOOK,
+    EMBEDDED,
+    FACTORS,
+    FLOAT,
+    FLOAT_ACTIVATIONS,
+    HALF,
+    MIXED,
+    QUANTISED,
+    SIGNS,
+)
 
 LENGTHS = (7, 4, *[1] * 6, 9)
 
@@ -44,6 +55,7 @@ MODELS = [
     ("llama", BYTES),
     ("llama", CODEBOOK),
     ("llama", EMBEDDED),
+    ("llama", FACTORS),
     ("llama", FLOAT),
     ("llama", FLOAT_ACTIVATIONS),
     ("llama", MIXED),

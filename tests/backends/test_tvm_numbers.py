@@ -15,6 +15,7 @@ from hikui.lowering.progress import no_progress
 from hikui.lowering.trace import trace
 from hikui.models.synthetic import FAMILIES, tiny_model
 from tests.backends import every_op
+from tests.passes.helpers import lower, traced
 
 CHUNKS = (5, 1, 1, 3, 1, 7, 1)
 
@@ -82,6 +83,12 @@ def test_a_float_model_of_each_family(family: str, tmp_path: Path) -> None:
     runner = TvmRunner(tmp_path)
     assert runner.context_length == program.config.context_length
     assert largest_difference(runner, program) < 1e-5
+
+
+def test_factors_of_signs(tmp_path: Path) -> None:
+    program = lower(traced("llama"), "canonicalise,factorise{bits=3,iterations=5},activation,pack,fuse,dead_code")
+    TvmBackend().build(program, resolve("host"), tmp_path, no_progress)
+    assert largest_difference(TvmRunner(tmp_path), program) < 1e-5
 
 
 def test_every_op_with_avx512(tmp_path: Path) -> None:

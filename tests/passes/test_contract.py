@@ -26,6 +26,7 @@ AFTER = {
     "adopt": "canonicalise",
     "assign{target_bpw=7.5}": "canonicalise,calibrate,sensitivity",
     "mixed{group=32,share=0.7}": "canonicalise,calibrate",
+    "factorise{bits=3,iterations=9}": "canonicalise,calibrate{gram=true}",
     "qep": "canonicalise",
     "rtn": "canonicalise",
     "hqq": "canonicalise",

@@ -137,6 +137,8 @@ def measure(
     names = list(dict.fromkeys(str(Format.parse(name)) for name in formats))
     if len(names) < 2:
         raise UsageError("There is nothing to choose from; give two formats or more, such as int2-g64,int4-g64.")
+    if by != "trial" and (factors := [name for name in names if Format.parse(name).is_factors]):
+        raise UsageError(f"{factors[0]} is of two matrices, whose error is not that of rounding one; take trial.")
     if by == "weight" and any(Format.parse(name).is_mixed for name in names):
         raise UsageError(
             "The columns of a mixed format are chosen by what activations do, so not by weight; take trial."

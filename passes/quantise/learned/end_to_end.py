@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from hikui.lowering.ir.float_matrix import float_matrix
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product, multiply_by
@@ -41,7 +42,7 @@ class EndToEnd:
         self._products = products
         self._chain = Chain(program, parts, lengths)
         self._rounded = {site: multiply_by(PackedLinear.of(site).dense(program.store)) for site in parts.head.sites}
-        self._exact = {site: multiply_by(PackedLinear.of(site).unrounded(program.store)) for site in parts.head.sites}
+        self._exact = {site: multiply_by(float_matrix(site, program.store)) for site in parts.head.sites}
         self.inputs, self.head_inputs = self._chain.inputs, self._chain.head_inputs
         self.vectors = self._chain.vectors
 

@@ -53,7 +53,7 @@ class LatentMatrix:
         self.scale = unpack_scale(fmt, store.load(program.weight_of(packed.scale)), n, k)
         self._parts = [(part.format.kind, slice(part.start, part.stop)) for part in fmt.segments(self._width)]
         codes = F.pad(unpack_codes(fmt, store.load(program.weight_of(packed.weight)), n, k), (0, self._width - k))
-        self.latent = self._grouped(F.pad(packed.unrounded(store), (0, self._width - k)))
+        self.latent = self._grouped(F.pad(packed.latent(store), (0, self._width - k)))
         self.latent.mul_(inverse(self.scale).unsqueeze(-1))
         self.latent = self.latent.flatten(1).contiguous()
         for kind, at in self._parts:

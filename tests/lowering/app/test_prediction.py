@@ -63,7 +63,10 @@ def test_other_budgets_go_on_from_what_one_has_measured(tiny: Path, stories: Pat
         predict(asked, output)
 
 
-@pytest.mark.parametrize("quantiser", ["rtn: {bits: 8, group: 32}", "gptq: {bits: 4, group: 32}"])
+@pytest.mark.parametrize(
+    "quantiser",
+    ["rtn: {bits: 8, group: 32}", "gptq: {bits: 4, group: 32}", "factorise: {bits: 3, iterations: 4}\n  - rtn"],
+)
 def test_sites_without_a_format_have_that_of_the_next_quantiser(
     tiny: Path, stories: Path, tmp_path: Path, quantiser: str
 ) -> None:

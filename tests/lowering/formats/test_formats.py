@@ -1,6 +1,7 @@
 """Formats: round trips, true bits, and the layout that kernels rely on."""
 
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -219,6 +220,8 @@ def test_codebooks_are_the_published_ones() -> None:
         ("nf4-g32", 64, 256, 4.5),
         # A quarter of the columns at 4 bits, the rest at 1, and 32 bits a column for 1024 rows.
         ("mixed-g128-c256", 1024, 1024, 0.25 * 4 + 0.75 + 0.125 + 32 / 1024),
+        # Two bits for each of 32 × 64 signs, 16 for 64 + 32 scales, 32 for those of 64 columns.
+        ("factors-r32", 64, 64, (2 * 32 * 64 + 16 * 96 + 32 * 64) / 64**2),
     ],
 )
 def test_true_bits_count_scales(text: str, n: int, k: int, bits: float) -> None:
@@ -246,7 +249,18 @@ def test_padding_is_counted_and_noted() -> None:
 
 
 UNKNOWN = ["int5-g64", "int4", "int4-g48", "float16-g64", "", "int8-g", "mixed-g64", "mixed-channel", "mixed-g48-c48"]
-UNKNOWN += ["mixed-g64-c96", "mixed-g64-c0", "int4-g64-c64", "int4-g६४", "nf4-channel-c64"]
+UNKNOWN += [
+    "factors",
+    "factors-",
+    "factors-g64",
+    "factors--1",
+    "factors-channel",
+    "mixed-g64-c96",
+    "mixed-g64-c0",
+    "int4-g64-c64",
+    "int4-g६४",
+    "nf4-channel-c64",
+]
 
 
 @pytest.mark.parametrize("text", UNKNOWN)
@@ -258,6 +272,31 @@ def test_unknown_formats_are_refused(text: str) -> None:
 def test_a_mixed_format_that_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="more int4 columns than the matrix has columns, 200"):
         Format.parse("mixed-g128-c256").nbytes(64, 200)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 400))
+def test_factors_have_the_largest_rank_that_fits(n: int, k: int, hundredths: int) -> None:
+    fmt = Format("factors", rate=hundredths / 100)
+    assert Format.parse(str(fmt)) == fmt
+    rank = fmt.rank(n, k)
+
+    def bits(rank: int) -> float:
+        return Format("sign").nbytes(n, rank) + Format("sign").nbytes(rank, k) + 4 * k
+
+    assert rank % 32 == 0 and fmt.nbytes(n, k) == bits(rank)
+    assert rank == 32 or 8 * bits(rank) <= hundredths * n * k / 100 + 1e-6
+    assert 8 * bits(rank + 32) > hundredths * n * k / 100 - 1e-6
+
+
+def test_factors_of_a_given_rank() -> None:
+    fmt = Format.parse("factors-r64")
+    assert str(fmt) == "factors-r64" and fmt.rank(100, 200) == 64
+    assert fmt.notes(100, 200) == [f"rank 64, {fmt.true_bits(100, 200):.3f} bits per weight"]
+    with pytest.raises(UsageError, match="more than 4 bits for each weight of a matrix of 40×48; its rank is 32 at"):
+        fmt.nbytes(40, 48)
+    with pytest.raises(UsageError, match="'factors-r64' is of two matrices, which are stored as 'sign-channel' each"):
+        fmt.weight_shape(100, 200)
+    assert not fmt.is_integer and not fmt.is_plain and fmt.is_factors
 
 
 @pytest.mark.parametrize("fmt", [*INTEGER, *FLOAT], ids=str)
@@ -438,7 +477,7 @@ def test_notes_say_what_is_padded() -> None:
     ]  # fmt: skip
 
 
-KNOWN = "sign, int2, ternary, int3, int4, nf4, fp4, int8, mixed, float16, float32"
+KNOWN = "sign, int2, ternary, int3, int4, nf4, fp4, int8, mixed, factors, float16, float32"
 
 
 @pytest.mark.parametrize(
@@ -459,10 +498,17 @@ KNOWN = "sign, int2, ternary, int3, int4, nf4, fp4, int8, mixed, float16, float3
          "least one."),
         (("mixed", 64), "Format 'mixed' cannot have None int4 columns; it takes a multiple of its group 64, at least "
          "one."),
+        (("factors", None, 48), "Format 'factors' cannot have a rank of 48; it takes a multiple of 32."),
+        (("factors", None, 0), "Format 'factors' cannot have a rank of 0; it takes a multiple of 32."),
+        (("factors", 64, 64), "Format 'factors' takes either a rank or bits per weight, and no group."),
+        (("factors",), "Format 'factors' takes either a rank or bits per weight, and no group."),
+        (("factors", None, None, 5.0), "Format 'factors' cannot take 5 bits per weight; it takes up to 4."),
+        (("factors", None, None, 0.0), "Format 'factors' cannot take 0 bits per weight; it takes up to 4."),
+        (("sign", None, None, 1.0), "Format 'sign' has its bits of itself; only 'factors' takes a number of them."),
         (("int4", 64, 64), "Format 'int4' stores all columns alike; only 'mixed' takes a number of them."),
     ],
 )  # fmt: skip
-def test_the_sentences_of_what_is_no_format(arguments: tuple[str, int | None, int | None], sentence: str) -> None:
+def test_the_sentences_of_what_is_no_format(arguments: tuple[Any, ...], sentence: str) -> None:
     with pytest.raises(UsageError) as caught:
         Format(*arguments)
     assert str(caught.value) == sentence
@@ -473,7 +519,7 @@ def test_the_sentence_of_a_text_that_is_no_format() -> None:
         Format.parse("q4_k")
     assert str(caught.value) == (
         "Format 'q4_k' is not known; write for example int4-g64, int8-g128, int4-channel, sign-g128, ternary-g64, "
-        "nf4-g64, mixed-g128-c768, float16 or float32."
+        "nf4-g64, mixed-g128-c768, factors-1.6, float16 or float32."
     )
 
 

@@ -13,10 +13,10 @@ from hikui.lowering import formats
 from hikui.lowering.errors import VerificationError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import packed as module
+from hikui.lowering.ir.float_matrix import float_and_packed_rows
 from hikui.lowering.ir.packed import (
     PACKED_OPS,
     PackedLinear,
-    float_and_packed_rows,
     is_packed,
     is_stored,
     operand_names,

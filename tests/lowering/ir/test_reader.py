@@ -34,6 +34,7 @@ PIPELINES = {
         "qwen2",
     ),
     "learned_clip{epochs=1},qat,embedding,activation{bits=4},dead_code": ("opt",),
+    "factorise{bits=2,iterations=5,sites=proj},rtn{bits=2,group=32},qat,activation,fuse,dead_code": ("qwen2",),
     "trial{texts=1},mxfp4,distil,embedding{format=nf4-g32},kv_cache{bits=4},fuse{norm=false},dead_code": ("llama",),
 }  # fmt: skip
 """What the passes leave, and the families in which it is tried."""

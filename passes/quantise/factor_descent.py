@@ -1,0 +1,118 @@
+"""Improves the factors of a matrix in the metric of its output: signs by coordinate descent, scales in closed form.
+
+The alternation that finds factors (`binary_factors`) weighs columns, and sees nothing of how they go together. With
+H = E[x·xᵀ], E‖(W−Ŵ)x‖² is a quadratic function of either factor while the other stays, and of each vector of scales
+while the signs stay; taking turns never makes it larger.
+"""
+
+import torch
+from torch import Tensor
+
+from hikui.lowering.formats import SIGNS
+from hikui.passes.quantise.binary_factors import Factors, signs
+from hikui.passes.quantise.descent import descend
+from hikui.passes.quantise.rounding import Rounded
+
+_DAMPING = 1e-3
+"""Of a factor's own least squares, over the mean of the diagonal."""
+
+_SWEEPS = 2
+"""Over the signs of the left factor, each time."""
+
+
+def refine(weight: Tensor, factors: Factors, hessian: Tensor, rounds: int) -> Factors:
+    """Lowers tr((W−Ŵ)·H·(W−Ŵ)ᵀ) from where it stands.
+
+    Args:
+        weight: W, float32 [n, k].
+        factors: to start from.
+        hessian: H, float32 [k, k], symmetric with a diagonal above zero.
+        rounds: how often all of it has its turn.
+
+    Returns:
+        Factors with the same latents but for the signs that have changed, whose latents have changed sides.
+    """
+    for _ in range(rounds):
+        factors = _refit_columns(weight, _refit_middle(weight, factors, hessian), hessian)
+        factors = _turn_left(weight, factors, hessian)
+        factors = _turn_right(weight, factors, hessian)
+    return factors
+
+
+def error(weight: Tensor, factors: Factors, hessian: Tensor) -> float:
+    """tr((W−Ŵ)·H·(W−Ŵ)ᵀ)."""
+    off = weight - factors.dense()
+    return float((off @ hessian).mul_(off).sum(dtype=torch.float64))
+
+
+def _turn_left(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
+    """U and s₁: a matrix of signs whose input is what V gives."""
+    inner = _inner(factors)
+    reached = inner @ hessian
+    metric = reached @ inner.t()
+    metric.diagonal().clamp_min_(float(metric.diagonal().mean()) * 1e-6)
+    damped = metric.double()
+    damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
+    wanted = torch.linalg.solve(damped, (reached @ weight.t()).double()).t().float()
+    start = Rounded(signs(factors.left).to(torch.int8), factors.rows.unsqueeze(1).clone())
+    found = descend(wanted, start, SIGNS, metric, _SWEEPS)
+    return factors._replace(left=_moved(factors.left, found.codes.float()), rows=found.scale[:, 0])
+
+
+def _turn_right(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
+    """V: column by column of the input, the sign that gains most first, until none gains."""
+    outer = factors.rows.unsqueeze(1) * signs(factors.left) * factors.middle
+    gram = outer.t() @ outer
+    now = signs(factors.right).t().contiguous()  # [r, k]
+    slope = outer.t() @ (weight - outer @ (now * factors.columns)) @ hessian
+    own, pivots = gram.diagonal(), hessian.diagonal()
+    for column in range(weight.shape[1]):
+        scale, held = factors.columns[column], now[:, column].clone()
+        along, curve = slope[:, column].clone(), own * pivots[column] * scale
+        turned = torch.zeros_like(held)
+        for _ in range(len(held)):
+            # Of the error, over 4·|scale|, when a sign turns.
+            gain = -held * along * scale - curve * scale
+            best = int(gain.argmax())
+            if not bool(gain[best] > 0):
+                break
+            step = -2 * held[best] * scale
+            held[best] = -held[best]
+            turned[best] += step
+            along -= (step * pivots[column]) * gram[best]
+        if bool(turned.any()):
+            now[:, column] = held
+            slope.addr_(gram @ turned, hessian[column], alpha=-1.0)
+    return factors._replace(right=_moved(factors.right, now.t()))
+
+
+def _refit_middle(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
+    """m: the solution of ((UᵀU) ∘ (V·H·Vᵀ))·m = diag(Uᵀ·W·H·V)."""
+    outer, inner = factors.rows.unsqueeze(1) * signs(factors.left), signs(factors.right).t() * factors.columns
+    reached = inner @ hessian
+    along = ((outer.t() @ weight) * reached).sum(1)
+    return factors._replace(middle=_solved(outer.t() @ outer, reached @ inner.t(), along))
+
+
+def _refit_columns(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
+    """s₂: the same for the columns, of what they are multiplied with."""
+    whole = (factors.rows.unsqueeze(1) * signs(factors.left) * factors.middle) @ signs(factors.right).t()
+    return factors._replace(columns=_solved(whole.t() @ whole, hessian, (whole * (weight @ hessian)).sum(0)))
+
+
+def _solved(one: Tensor, other: Tensor, right: Tensor) -> Tensor:
+    system = one.double() * other.double()
+    mean = float(system.diagonal().mean())
+    system.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+    found: Tensor = torch.linalg.solve(system, right.double())
+    return found.float()
+
+
+def _inner(factors: Factors) -> Tensor:
+    """What is between the two factors, by what is read: float32 [r, k]."""
+    return factors.middle.unsqueeze(1) * signs(factors.right).t() * factors.columns
+
+
+def _moved(latent: Tensor, wanted: Tensor) -> Tensor:
+    """The latents, with other signs where these are wanted."""
+    return torch.where(signs(latent) == wanted, latent, -latent)

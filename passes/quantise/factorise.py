@@ -1,0 +1,165 @@
+"""Puts two matrices of signs in the place of a float matrix, with scales before, between and behind them."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from hikui.lowering.engine.resume import Resume
+from hikui.lowering.engine.workers import Workers
+from hikui.lowering.errors import UsageError
+from hikui.lowering.formats import FACTORS, SIGNS, Format, pack
+from hikui.lowering.ir.factored import LEFT, RIGHT
+from hikui.lowering.ir.program import FACTOR, FLOAT_WEIGHT, FORMAT, GROUP, LATENT, SITE, STATISTICS, Program
+from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
+from hikui.passes.graph import (
+    argument,
+    aten,
+    float_sites,
+    hikui,
+    insert,
+    is_measured,
+    matrix_shape,
+    replace,
+    selected,
+    weight_of,
+)
+from hikui.passes.matrices import load_finite
+from hikui.passes.quantise.binary_factors import SMALLEST, Factors, factorise, shrunk, signs
+from hikui.passes.quantise.factor_descent import refine
+from hikui.passes.quantise.packing import store_packed
+from hikui.passes.quantise.rounder import assigned_format
+
+_SITES = 1 << 20
+"""More sites than any model has, so that each of each seed has a start of its own."""
+
+_DAMPING = 0.01
+"""Added to H's diagonal, over its mean, as in `gptq`."""
+
+
+@dataclass(frozen=True)
+class Factorise(Pass):
+    """Ŵ = diag(s₁)·U·diag(m)·Vᵀ·diag(s₂) for the matrices of sites, U and V of signs: two products in a row.
+
+    The factors are those of least error, each column of W weighed by its mean square activation where `calibrate` has
+    measured it. What they leave of that is then lowered sign by sign, or, where the Gram matrix is known, what they
+    leave of the output's error. What stands in the graph is x·s₂, a product with Vᵀ whose scales are m, and one with U
+    whose scales are s₁; so a later `activation` rounds x·s₂, and what is between the two.
+
+    Attributes:
+        bits: of a weight, all scales counted, of sites that no format was assigned to: their rank is the largest
+            multiple of 32 that fits.
+        iterations: of the alternation that finds the factors.
+        rounds: how often all signs and scales are looked at once more.
+        sites: regular expression of the sites to factorise; empty is all.
+        skip: regular expression of the sites to leave as they are.
+        seed: of the start, which is random.
+    """
+
+    name: ClassVar[str] = "factorise"
+    bits: float = 1.6
+    iterations: int = 100
+    rounds: int = 4
+    sites: str = ""
+    skip: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.default_format()
+        if self.iterations < 1:
+            raise UsageError(f"factorise cannot take {self.iterations} iterations; give 1 or more.")
+        if self.rounds < 0:
+            raise UsageError(f"factorise cannot take {self.rounds} rounds; give 0 or more.")
+
+    def default_format(self) -> Format:
+        """The format of sites that none was assigned to."""
+        return Format(FACTORS, rate=self.bits)
+
+    def format_of(self, node: fx.Node) -> Format:
+        """The format that a site is to have."""
+        return assigned_format(node, self.default_format())
+
+    def chosen(self, program: Program) -> list[fx.Node]:
+        """The float sites that it takes, in graph order: those that another format was assigned to are left."""
+        found = selected(float_sites(program), self.sites, self.skip)
+        return [node for node in found if self.format_of(node).is_factors]
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Factorises sites side by side.
+
+        Raises:
+            HikuiError: a matrix holds NaN or infinite values.
+        """
+        work = program.clone()
+        chosen = self.chosen(work)
+        if not chosen:
+            return PassResult(program, False)
+        notes = []
+        with Workers(context.workers) as workers:
+            found = workers.map(lambda job: self._factors(work, job[1], job[0], context.resume), enumerate(chosen))
+            for index, (node, factors) in enumerate(zip(chosen, found, strict=True)):
+                context.progress(self.name, index, len(chosen))
+                notes += [f"{node.meta[SITE]}: {note}" for note in self.format_of(node).notes(*matrix_shape(node))]
+                _put_in_place(work, node, factors)
+        context.progress(self.name, len(chosen), len(chosen))
+        work.recompile()
+        return PassResult(work, True, notes)
+
+    def _factors(self, program: Program, node: fx.Node, number: int, resume: Resume) -> Factors:
+        if (kept := resume.load(str(number))) is not None:
+            return Factors(**kept)
+        weight = load_finite(program, weight_of(node), node.meta[SITE])
+        importance = None
+        if is_measured(node):
+            importance = shrunk(program.store.load(node.meta[STATISTICS]["mean_square"]).float())
+        generator = torch.Generator().manual_seed((self.seed * _SITES + number) % (1 << 63))
+        rank = self.format_of(node).rank(*matrix_shape(node))
+        factors = factorise(weight, rank, importance, self.iterations, generator)
+        if (key := node.meta.get(STATISTICS, {}).get("gram")) is not None:
+            hessian = program.store.load(key).float()
+            mean = float(hessian.diagonal().mean())
+            hessian.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
+        else:
+            hessian = torch.diag(torch.ones(weight.shape[1]) if importance is None else importance)
+        factors = _in_range(refine(weight, factors, hessian, self.rounds))
+        resume.save(str(number), factors._asdict())
+        return factors
+
+
+def _in_range(factors: Factors) -> Factors:
+    """The same product, with the largest of what float16 will hold near 1: s₂ takes the powers of two."""
+    columns = factors.columns
+    found = {}
+    for name, scale in (("rows", factors.rows), ("middle", factors.middle)):
+        largest = float(scale.abs().max())
+        power = 2.0 ** round(math.log2(largest)) if largest > 0 else 1.0
+        found[name], columns = scale / power, columns * power
+    return factors._replace(columns=columns, **found)
+
+
+def _put_in_place(program: Program, node: fx.Node, factors: Factors) -> None:
+    """x·s₂, the product with Vᵀ, and the one with U, which keeps the site's name."""
+    site, stored = str(node.meta[SITE]), program.weight_of(weight_of(node))
+    columns = program.add_weight(program.store.free_name(f"{stored}.columns"), factors.columns)
+    value = insert(program, node, aten.mul.Tensor, (node.args[0], columns), node)
+    bias = argument(node, 2, "bias")
+    assert bias is None or isinstance(bias, fx.Node), "a linear adds a stored vector"
+    parts = (
+        (RIGHT, factors.right.t(), factors.middle, None),
+        (LEFT, factors.left, factors.rows, bias),
+    )
+    for name, latent, scale, bias in parts:
+        scale = scale.to(torch.float16).float().unsqueeze(1)
+        matrix = pack(SIGNS, signs(latent).to(torch.int8), scale)
+        held, scales = store_packed(program, program.store.free_name(f"{stored}.{name}"), matrix)
+        value = insert(
+            program, node, hikui.linear.default, (value, held, scales, bias, str(SIGNS), latent.shape[0]), node
+        )
+        # As far from turning as they are from zero, the mean of a row being its scale.
+        key = program.store.free_name(f"{stored}.{name}.latent")
+        program.store.put(key, latent / latent.abs().mean(1, keepdim=True).clamp_min(SMALLEST) * scale)
+        own = site if name == LEFT else f"{site}.{RIGHT}"
+        value.meta |= {SITE: own, GROUP: own, FORMAT: str(SIGNS), FLOAT_WEIGHT: stored, LATENT: key, FACTOR: name}
+    replace(node, value)
