@@ -43,12 +43,17 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
     def mixed(by: str) -> Mapping[str, Mapping[str, object]]:
         return {"mixed": {"group": options.group, "share": options.share, "by": by, "skip": HEAD}}
 
-    def assigned(how: str) -> Passes:
+    def assigned(how: str, formats: str = CHANNELS) -> Passes:
         own: dict[str, object] = {"texts": 2, "skip": HEAD} if how == "trial" else {}
         return [
-            {how: {"formats": CHANNELS} | own},
-            {"assign": {"formats": CHANNELS, "target_bpw": options.bits, "over": "blocks"}},
+            {how: {"formats": formats} | own},
+            {"assign": {"formats": formats, "target_bpw": options.bits, "over": "blocks"}},
         ]
+
+    def factorised(**others: object) -> Mapping[str, Mapping[str, object]]:
+        return {"factorise": {"bits": options.bits, "skip": HEAD} | others}
+
+    rates = "|".join(f"factors-{share * options.bits:.3g}" for share in (0.6, 0.8, 1.0, 1.3, 1.7, 2.2))
 
     uniform: dict[str, Passes] = {
         f"{name}-qep": [{"qep": {"skip": HEAD}}, {"gptq": {"sweeps": 1, "format": name}}]
@@ -65,8 +70,20 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
     columns: dict[str, Passes] = {
         f"columns-{by}": [mixed(by), GPTQ] for by in ("output", "pbar", "obs", "activation", "weight", "random")
     }
+    factors: dict[str, Passes] = {
+        "factors": [factorised(), GPTQ],
+        "factors-no-rounds": [factorised(rounds=0), GPTQ],
+        "factors-50": [factorised(iterations=50), GPTQ],
+        "factors-200": [factorised(iterations=200), GPTQ],
+        "factors-qat": [factorised(), GPTQ, QAT],
+        "factors-no-rounds-qat": [factorised(rounds=0), GPTQ, QAT],
+        "factors-distil": [factorised(), GPTQ, DISTIL],
+        "factors-trial": [*assigned("trial", rates), factorised(), GPTQ],
+        "factors-trial-qat": [*assigned("trial", rates), factorised(), GPTQ, QAT],
+    }
     return {
         **uniform,
+        **factors,
         **columns,
         **channels,
         "columns-pbar-staged": [mixed("pbar"), STAGED],

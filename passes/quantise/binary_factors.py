@@ -67,10 +67,12 @@ def factorise(
     n, k = weight.shape
     root = torch.ones(k) if importance is None else importance.sqrt()
     scaled = weight * root
-    unit = scaled.square().mean().sqrt()
-    if not bool(unit > 0):
+    largest = scaled.abs().max()
+    if not bool(largest > 0):
         return Factors(torch.zeros(n, rank), torch.zeros(k, rank), torch.zeros(n), torch.ones(rank), torch.ones(k))
-    scaled = scaled / unit
+    scaled = scaled / largest
+    mean = scaled.square().mean().sqrt()
+    scaled, unit = scaled / mean, largest * mean
     start = rank**-0.25
     left = torch.randn(n, rank, generator=generator) * start
     right = torch.randn(k, rank, generator=generator) * start

@@ -19,6 +19,9 @@ _DAMPING = 1e-3
 _SWEEPS = 2
 """Over the signs of the left factor, each time."""
 
+_LEAST = 1e-6
+"""Of what a middle value is in the metric, over the mean: where a factor gives nothing it must stay above zero."""
+
 
 def refine(weight: Tensor, factors: Factors, hessian: Tensor, rounds: int) -> Factors:
     """Lowers tr((W−Ŵ)·H·(W−Ŵ)ᵀ) from where it stands.
@@ -27,15 +30,18 @@ def refine(weight: Tensor, factors: Factors, hessian: Tensor, rounds: int) -> Fa
         weight: W, float32 [n, k].
         factors: to start from.
         hessian: H, float32 [k, k], symmetric with a diagonal above zero.
-        rounds: how often all of it has its turn.
+        rounds: how often all of it has its turn, if each time the error falls.
 
     Returns:
         Factors with the same latents but for the signs that have changed, whose latents have changed sides.
     """
+    least = error(weight, factors, hessian)
     for _ in range(rounds):
-        factors = _refit_columns(weight, _refit_middle(weight, factors, hessian), hessian)
-        factors = _turn_left(weight, factors, hessian)
-        factors = _turn_right(weight, factors, hessian)
+        now = _refit_columns(weight, _refit_middle(weight, factors, hessian), hessian)
+        now = _turn_right(weight, _turn_left(weight, now, hessian), hessian)
+        if not (after := error(weight, now, hessian)) < least:
+            break
+        factors, least = now, after
     return factors
 
 
@@ -50,7 +56,7 @@ def _turn_left(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
     inner = _inner(factors)
     reached = inner @ hessian
     metric = reached @ inner.t()
-    metric.diagonal().clamp_min_(float(metric.diagonal().mean()) * 1e-6)
+    metric.diagonal().clamp_min_(_LEAST * float(metric.diagonal().mean()))
     damped = metric.double()
     damped.diagonal().add_(_DAMPING * damped.diagonal().mean())
     wanted = torch.linalg.solve(damped, (reached @ weight.t()).double()).t().float()

@@ -35,6 +35,9 @@ from hikui.passes.quantise.rounder import assigned_format
 _SITES = 1 << 20
 """More sites than any model has, so that each of each seed has a start of its own."""
 
+_LEAST = 1e-6
+"""Of the largest scale of a column, what each has at least."""
+
 _DAMPING = 0.01
 """Added to H's diagonal, over its mean, as in `gptq`."""
 
@@ -129,8 +132,12 @@ class Factorise(Pass):
 
 
 def _in_range(factors: Factors) -> Factors:
-    """The same product, with the largest of what float16 will hold near 1: s₂ takes the powers of two."""
-    columns = factors.columns
+    """The same product, with the largest of what float16 will hold near 1: s₂ takes the powers of two.
+
+    No s₂ is zero, since x is had back from x·s₂ where the float model is asked.
+    """
+    least = _LEAST * factors.columns.abs().max().clamp_min(SMALLEST)
+    columns = torch.where(factors.columns.abs() < least, least, factors.columns)
     found = {}
     for name, scale in (("rows", factors.rows), ("middle", factors.middle)):
         largest = float(scale.abs().max())

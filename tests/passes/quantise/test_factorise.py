@@ -14,6 +14,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import Format
 from hikui.lowering.ir import sizes
 from hikui.lowering.ir.factored import FactoredLinear, is_left_factor
+from hikui.lowering.ir.float_matrix import float_matrix
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import FORMAT, SENSITIVITY, SITE, Program
 from hikui.lowering.pipeline.contract import PassContext
@@ -128,6 +129,18 @@ def test_as_floats_the_model_is_the_float_model() -> None:
     exact, floats, rounded = logits
     assert float((floats - exact).abs().max()) < 1e-4 * float(exact.abs().max())
     assert float((rounded - exact).abs().max()) > 1e-2 * float(exact.abs().max())
+
+
+def test_columns_of_zeros_leave_the_float_model_as_it_is() -> None:
+    weight = random(40, 72, seed=1)
+    weight[:, 5] = 0.0
+    program = lower(linear(weight, torch.zeros(40)), "canonicalise,factorise{bits=4}")
+    (left,) = factored(program)
+    scale = program.store.load(program.weight_of(FactoredLinear.of(left).columns))
+    assert bool((scale != 0).all())
+    exact = float_matrix(left, program.store) * scale
+    torch.testing.assert_close(exact, weight)
+    assert float(FactoredLinear.of(left).dense(program.store)[:, 5].abs().max()) < 1e-3
 
 
 def test_the_gram_matrix_helps_the_output() -> None:
