@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from hikui.lowering.formats import MOST_FACTORS
+
 Passes = Sequence[str | Mapping[str, Mapping[str, object]]]
 
 HEAD = r"(^|\.)lm_head$"
@@ -53,7 +55,8 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
     def factorised(**others: object) -> Mapping[str, Mapping[str, object]]:
         return {"factorise": {"bits": options.bits, "skip": HEAD} | others}
 
-    rates = "|".join(f"factors-{share * options.bits:.3g}" for share in (0.6, 0.8, 1.0, 1.3, 1.7, 2.2))
+    shares = (0.6, 0.8, 1.0, 1.3, 1.7, 2.2)
+    rates = "|".join(f"factors-{min(MOST_FACTORS, share * options.bits):.3g}" for share in shares)
 
     uniform: dict[str, Passes] = {
         f"{name}-qep": [{"qep": {"skip": HEAD}}, {"gptq": {"sweeps": 1, "format": name}}]
