@@ -21,7 +21,7 @@ from hikui.lowering.pipeline.contract import PassContext
 from hikui.lowering.pipeline.run import Pipeline
 from hikui.lowering.pipeline.text import parse_pipeline
 from hikui.lowering.progress import no_progress
-from hikui.passes import PASSES, Factorise, Override, Pack, Qat, Rtn, Trial
+from hikui.passes import PASSES, Factorise, Override, Pack, Qat, Rtn, SubBranch, Trial
 from hikui.passes.graph import aten, float_sites, hikui, matrix_shape
 from tests.passes.helpers import (
     assert_same,
@@ -283,6 +283,12 @@ def test_bad_options_are_refused() -> None:
             parse_pipeline(text, PASSES)
     with pytest.raises(UsageError, match="factors-2 is of two matrices"):
         parse_pipeline("sensitivity{formats=factors-2|int4-g64}", PASSES)
+
+
+def test_a_branch_passes_factors_by() -> None:
+    program = lower(canonical("llama"), "calibrate,factorise{iterations=2}", calibration(canonical("llama")))
+    with pytest.raises(HikuiError, match="No site with integer weights is left"):
+        SubBranch().requires(program)
 
 
 def test_a_rank_above_the_most_names_the_most() -> None:
