@@ -11,7 +11,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import fx
 
 from hikui.lowering.formats import Format
-from hikui.lowering.ir.factored import is_left_factor
 from hikui.lowering.ir.float_matrix import float_and_packed_rows
 from hikui.lowering.ir.packed import is_packed
 from hikui.lowering.ir.program import SITE, Program
@@ -54,13 +53,10 @@ def site_reports(lowered: Program, sizes: Sizes, origin: Program | None, progres
     for index, site in enumerate(sizes.sites):
         progress("error of each site", index, len(sizes.sites))
         error = None
-        factored = site.name in packed and is_left_factor(packed[site.name])
         if site.name in packed and site.name in floats and origin is not None:
             error = _error(lowered, packed[site.name], origin.store, floats[site.name])
             give_back()
-        notes: list[str] = []
-        if site.name in packed and not factored:
-            notes = Format.parse(site.format).notes(site.out_features, site.in_features)
+        notes = Format.parse(site.format).notes(site.out_features, site.in_features) if site.name in packed else []
         reports.append(
             SiteReport(
                 site.name, site.format, site.out_features, site.in_features, site.rank, site.nbytes,

@@ -40,7 +40,7 @@ from hikui.passes.quantise.columns import mixed_order, require_mixable
 from hikui.passes.quantise.rounding import dequantise, round_matrix
 
 _ITERATIONS = 30
-"""Of the alternation that finds factors: a third of what `factorise` takes leaves a sixth more error, at all ranks."""
+"""Of the alternation that finds factors: the 100 of `factorise` leave 10 to 15 % less error, in three times as long."""
 
 
 @dataclass(frozen=True)

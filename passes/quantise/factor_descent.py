@@ -77,7 +77,7 @@ def _turn_right(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
         along, curve = slope[:, column].clone(), own * pivots[column] * scale
         turned = torch.zeros_like(held)
         for _ in range(len(held)):
-            # Of the error, over 4·|scale|, when a sign turns.
+            # A quarter of what the error falls by when a sign turns.
             gain = -held * along * scale - curve * scale
             best = int(gain.argmax())
             if not bool(gain[best] > 0):
