@@ -10,7 +10,7 @@ from torch import fx
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
-from hikui.lowering.formats import FACTORS, SIGNS, Format, pack
+from hikui.lowering.formats import FACTORS, MOST_FACTORS, SIGNS, Format, pack
 from hikui.lowering.ir.factored import LEFT, RIGHT
 from hikui.lowering.ir.program import FACTOR, FLOAT_WEIGHT, FORMAT, GROUP, LATENT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
@@ -70,7 +70,8 @@ class Factorise(Pass):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.default_format()
+        if not 0 < self.bits <= MOST_FACTORS:
+            raise UsageError(f"factorise cannot take {self.bits:g} bits per weight; it takes up to {MOST_FACTORS:g}.")
         if self.iterations < 1:
             raise UsageError(f"factorise cannot take {self.iterations} iterations; give 1 or more.")
         if self.rounds < 0:

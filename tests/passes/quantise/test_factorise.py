@@ -270,7 +270,7 @@ def test_latents_stand_on_the_side_of_their_signs() -> None:
 
 def test_bad_options_are_refused() -> None:
     for text in ("factorise{bits=0}", "factorise{bits=4.5}"):
-        with pytest.raises(UsageError, match="Format 'factors' cannot take"):
+        with pytest.raises(UsageError, match="factorise cannot take"):
             parse_pipeline(text, PASSES)
     with pytest.raises(UsageError, match="factorise cannot take 0 iterations"):
         Factorise(iterations=0)
