@@ -36,6 +36,9 @@ QAT: Mapping[str, Mapping[str, object]] = {
 }
 ROTATE: Mapping[str, Mapping[str, object]] = {"rotate": {"heads": True, "ends": "float16"}}
 AWQ: Mapping[str, Mapping[str, object]] = {"awq": {"bits": 2, "group": 0, "activation_bits": 8, "skip": HEAD}}
+QEP: Mapping[str, Mapping[str, object]] = {"qep": {"skip": HEAD}}
+WHOLE_QEP: Mapping[str, Mapping[str, object]] = {"qep": {"alpha": 1.0, "skip": HEAD}}
+RESIDUAL: Mapping[str, Mapping[str, object]] = {"qep": {"alpha": 1.0, "residual": 1.0, "skip": HEAD}}
 DISTIL: Mapping[str, Mapping[str, object]] = {"distil": {"activation_bits": 8, "batch": 2}}
 
 
@@ -59,8 +62,9 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
     rates = "|".join(f"factors-{min(MOST_FACTORS, share * options.bits):.3g}" for share in shares)
 
     uniform: dict[str, Passes] = {
-        f"{name}-qep": [{"qep": {"skip": HEAD}}, {"gptq": {"sweeps": 1, "format": name}}]
+        f"{name}-{how}": [correction, {"gptq": {"sweeps": 1, "format": name}}]
         for name in ("int4-g128", "int3-g128", "int2-g128", "int2-channel", "sign-g128")
+        for how, correction in (("qep", QEP), ("whole-qep", WHOLE_QEP), ("residual", RESIDUAL))
     }
     channels: dict[str, Passes] = {}
     for name in ("int2-channel", "ternary-channel"):
@@ -68,7 +72,7 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         channels |= {
             name: [rounds],
             f"{name}-qat": [rounds, QAT],
-            f"{name}-qep-qat": [{"qep": {"skip": HEAD}}, rounds, QAT],
+            f"{name}-qep-qat": [QEP, rounds, QAT],
         }
     columns: dict[str, Passes] = {
         f"columns-{by}": [mixed(by), GPTQ] for by in ("output", "pbar", "obs", "activation", "weight", "random")
@@ -78,11 +82,17 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         "factors-no-rounds": [factorised(rounds=0), GPTQ],
         "factors-50": [factorised(iterations=50), GPTQ],
         "factors-200": [factorised(iterations=200), GPTQ],
+        "factors-quantised": [factorised(inputs="quantised"), GPTQ],
+        "factors-qep": [QEP, factorised(), GPTQ],
+        "factors-whole-qep": [WHOLE_QEP, factorised(), GPTQ],
+        "factors-residual": [RESIDUAL, factorised(), GPTQ],
         "factors-qat": [factorised(), GPTQ, QAT],
+        "factors-residual-qat": [RESIDUAL, factorised(), GPTQ, QAT],
         "factors-no-rounds-qat": [factorised(rounds=0), GPTQ, QAT],
         "factors-distil": [factorised(), GPTQ, DISTIL],
         "factors-trial": [*assigned("trial", rates), factorised(), GPTQ],
         "factors-trial-qat": [*assigned("trial", rates), factorised(), GPTQ, QAT],
+        "factors-trial-residual-qat": [*assigned("trial", rates), RESIDUAL, factorised(), GPTQ, QAT],
     }
     return {
         **uniform,
@@ -93,12 +103,12 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         "columns-random-staged": [mixed("random"), STAGED],
         "columns-pbar-float": [mixed("pbar"), FLOAT],
         "columns-pbar-staged-float": [mixed("pbar"), STAGED_FLOAT],
-        "columns-pbar-qep": [mixed("pbar"), {"qep": {"skip": HEAD}}, GPTQ],
-        "columns-pbar-qep-float": [mixed("pbar"), {"qep": {"skip": HEAD}}, FLOAT],
+        "columns-pbar-qep": [mixed("pbar"), QEP, GPTQ],
+        "columns-pbar-qep-float": [mixed("pbar"), QEP, FLOAT],
         "columns-pbar-rtn": [mixed("pbar"), {"rtn": {"weighted": True}}],
         "sites-output": [*assigned("sensitivity"), GPTQ],
         "sites-trial": [*assigned("trial"), GPTQ],
-        "sites-trial-qep": [*assigned("trial"), {"qep": {"skip": HEAD}}, GPTQ],
+        "sites-trial-qep": [*assigned("trial"), QEP, GPTQ],
         "columns-pbar-distil": [mixed("pbar"), GPTQ, DISTIL],
         "columns-pbar-qat": [mixed("pbar"), GPTQ, QAT],
         "rotated-int2-channel": [ROTATE, *channels["int2-channel"]],
@@ -111,7 +121,7 @@ def variants(options: argparse.Namespace) -> dict[str, Passes]:
         "columns-random-qat": [mixed("random"), GPTQ, QAT],
         "sites-trial-distil": [*assigned("trial"), GPTQ, DISTIL],
         "sites-trial-qat": [*assigned("trial"), GPTQ, QAT],
-        "sites-trial-qep-qat": [*assigned("trial"), {"qep": {"skip": HEAD}}, GPTQ, QAT],
+        "sites-trial-qep-qat": [*assigned("trial"), QEP, GPTQ, QAT],
     }
 
 

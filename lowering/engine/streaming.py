@@ -168,6 +168,14 @@ class Stream:
             tensor: Tensor = file.get_tensor(node.name)
             return tensor.clone()
 
+    def has(self, node: fx.Node) -> bool:
+        """Whether `value` has something that a node made of a text, and that is still read."""
+        text = self._texts[0]
+        if text.file is None:
+            return isinstance(text.values.get(node.name), Tensor)
+        with safe_open(text.file, "pt") as file:
+            return node.name in file.keys()
+
     def _stage(self, stop: fx.Node | None) -> tuple[_Stage, _Stage]:
         """The calls up to `stop`: those that differ from text to text, and those that do not."""
         nodes: list[fx.Node] = []

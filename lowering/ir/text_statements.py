@@ -188,6 +188,8 @@ def _format(cursor: Cursor, text: str) -> str:
 
 def _check_correction(cursor: Cursor, text: str) -> None:
     try:
-        _, _ = map(float, text.split("/"))
+        count = len([float(part) for part in text.split("/")])
     except ValueError:
-        raise cursor.fail(f"a correction is alpha/damping, such as 0.5/0.01, not '{text}'.") from None
+        count = 0
+    if count not in (2, 3):
+        raise cursor.fail(f"a correction is alpha/damping, or alpha/damping/residual, as in 0.5/0.01, not '{text}'.")

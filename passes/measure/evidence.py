@@ -143,10 +143,18 @@ class Sums:
         workers: share the tiles of the large matrices.
         weights: float32 [tokens], of all that will be seen, for outer products; None where they count alike.
         cross: also sum (x − x̂)·x̂ᵀ.
+        beside: columns of what else is to be had from x̂, so that its products with x̂ are summed too.
     """
 
     def __init__(
-        self, width: int, wanted: Set[str], workers: Workers, weights: Tensor | None = None, *, cross: bool = False
+        self,
+        width: int,
+        wanted: Set[str],
+        workers: Workers,
+        weights: Tensor | None = None,
+        *,
+        cross: bool = False,
+        beside: int = 0,
     ) -> None:
         self.tokens = 0
         self._roots = None if weights is None else weights.sqrt().unsqueeze(-1)
@@ -157,16 +165,17 @@ class Sums:
         self._wanted = set(wanted)
         self._gram = torch.zeros(width, width, dtype=torch.float64) if "gram" in wanted or cross else None
         self._cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+        self._beside = torch.zeros(beside, width, dtype=torch.float64) if beside else None
         self._sample = Sample() if "sample" in wanted else None
-        self._waiting: list[tuple[Tensor, Tensor | None]] = []
+        self._waiting: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
 
     @property
     def finite(self) -> bool:
         """Whether everything that was seen is finite."""
         return bool(self._squares.isfinite().all())
 
-    def add(self, x: Tensor, reference: Tensor | None = None) -> None:
-        """Adds one text: x float32 [..., k], and for the cross term what x is in the float model."""
+    def add(self, x: Tensor, reference: Tensor | None = None, beside: Tensor | None = None) -> None:
+        """Adds one text: x float32 [..., k], what x is in the float model, and [..., n] of what else is wanted."""
         rows = x.reshape(-1, x.shape[-1])
         seen = slice(self.tokens, self.tokens + rows.shape[0])
         self.tokens += rows.shape[0]
@@ -181,23 +190,30 @@ class Sums:
             if self._cross is not None:
                 assert reference is not None, "the cross term compares with the float model"
                 difference = reference.reshape(rows.shape) - rows
+            if self._beside is not None:
+                assert beside is not None, "it was said to be wanted"
+                beside = beside.reshape(rows.shape[0], -1)
             if self._roots is not None:
                 rows = rows * self._roots[seen]
                 difference = None if difference is None else difference * self._roots[seen]
-            self._waiting.append((rows, difference))
-            if sum(waiting.shape[0] for waiting, _ in self._waiting) >= _BATCH:
+                beside = None if beside is None else beside * self._roots[seen]
+            self._waiting.append((rows, difference, beside))
+            if sum(waiting.shape[0] for waiting, *_ in self._waiting) >= _BATCH:
                 self._multiply()
 
     def _multiply(self) -> None:
         """Adds the outer products of the texts that wait: few large products cost less than many small ones."""
         if not self._waiting:
             return
-        rows = torch.cat([rows for rows, _ in self._waiting])
+        rows = torch.cat([rows for rows, *_ in self._waiting])
         if self._gram is not None:
             linalg.add_gram(self._gram, rows, self._workers)
         if self._cross is not None:
-            difference = torch.cat([difference for _, difference in self._waiting if difference is not None])
+            difference = torch.cat([difference for _, difference, _ in self._waiting if difference is not None])
             linalg.add_cross(self._cross, difference, rows, self._workers)
+        if self._beside is not None:
+            beside = torch.cat([beside for *_, beside in self._waiting if beside is not None])
+            linalg.add_cross(self._beside, beside, rows, self._workers)
         self._waiting = []
 
     def evidence(self) -> OwnEvidence:
@@ -222,4 +238,11 @@ class Sums:
         assert self._cross is not None, "it was asked for"
         self._multiply()
         out, self._cross = self._cross, None
+        return out.div_(self.tokens)
+
+    def beside(self) -> Tensor:
+        """E[b·x̂ᵀ] of what else is wanted, b: float64 [n, k]; it can be had once."""
+        assert self._beside is not None, "it was asked for"
+        self._multiply()
+        out, self._beside = self._beside, None
         return out.div_(self.tokens)

@@ -36,14 +36,14 @@ def add_gram(total: Tensor, x: Tensor, workers: Workers) -> None:
 
 
 def add_cross(total: Tensor, x: Tensor, y: Tensor, workers: Workers) -> None:
-    """Total += xᵀ·y; float64 [k, k] += float32 [t, k]ᵀ · float32 [t, k]."""
-    ends = _ends(total.shape[0])
+    """Total += xᵀ·y; float64 [n, k] += float32 [t, n]ᵀ · float32 [t, k]."""
+    rows, columns = map(_ends, total.shape)
 
     def add(tile: tuple[tuple[int, int], tuple[int, int]]) -> None:
         (a, b), (c, d) = tile
         total[a:b, c:d] += x[:, a:b].t() @ y[:, c:d]
 
-    workers.each(add, [(row, column) for row in ends for column in ends])
+    workers.each(add, [(row, column) for row in rows for column in columns])
 
 
 def mirror(total: Tensor) -> None:

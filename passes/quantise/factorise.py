@@ -1,18 +1,19 @@
 """Puts two matrices of signs in the place of a float matrix, with scales before, between and behind them."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from hikui.lowering.engine.resume import Resume
 from hikui.lowering.engine.workers import Workers
 from hikui.lowering.errors import UsageError
 from hikui.lowering.formats import FACTORS, MOST_FACTORS, SIGNS, Format, pack
 from hikui.lowering.ir.factored import LEFT, RIGHT
-from hikui.lowering.ir.program import FACTOR, FLOAT_WEIGHT, FORMAT, GROUP, LATENT, SITE, STATISTICS, Program
+from hikui.lowering.ir.program import CORRECTION, FACTOR, FLOAT_WEIGHT, FORMAT, GROUP, LATENT, SITE, STATISTICS, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import (
     argument,
@@ -20,17 +21,18 @@ from hikui.passes.graph import (
     float_sites,
     hikui,
     insert,
-    is_measured,
     matrix_shape,
     replace,
     selected,
     weight_of,
 )
 from hikui.passes.matrices import load_finite
+from hikui.passes.measure.evidence import OwnEvidence
 from hikui.passes.quantise.binary_factors import SMALLEST, Factors, factorise, shrunk, signs
 from hikui.passes.quantise.factor_descent import refine
 from hikui.passes.quantise.packing import store_packed
 from hikui.passes.quantise.rounder import assigned_format
+from hikui.passes.quantise.walk import Walk
 
 _SITES = 1 << 20
 """More sites than any model has, so that each of each seed has a start of its own."""
@@ -59,6 +61,8 @@ class Factorise(Pass):
         sites: regular expression of the sites to factorise; empty is all.
         skip: regular expression of the sites to leave as they are.
         seed: of the start, which is random.
+        inputs: `float` takes what `calibrate` has measured; `quantised` measures each site behind the blocks before,
+            factorised already. A site that `qep` has marked is measured so, and corrected, in any case.
     """
 
     name: ClassVar[str] = "factorise"
@@ -68,6 +72,7 @@ class Factorise(Pass):
     sites: str = ""
     skip: str = ""
     seed: int = 0
+    inputs: Literal["float", "quantised"] = "float"
 
     def __post_init__(self) -> None:
         if not 0 < self.bits <= MOST_FACTORS:
@@ -90,46 +95,111 @@ class Factorise(Pass):
         found = selected(float_sites(program), self.sites, self.skip)
         return [node for node in found if self.format_of(node).is_factors]
 
+    @property
+    def calibrates(self) -> bool:  # type: ignore[override]
+        """Where it measures its sites itself; those that `qep` has marked are that pass's to say."""
+        return self.inputs == "quantised"
+
+    def walks(self, program: Program) -> bool:
+        """Whether it goes through the model with the calibration text."""
+        return self.inputs == "quantised" or any(CORRECTION in node.meta for node in self.chosen(program))
+
     def run(self, program: Program, context: PassContext) -> PassResult:
-        """Factorises sites side by side.
+        """Factorises sites side by side, or those of a block behind the ones before.
 
         Raises:
-            HikuiError: a matrix holds NaN or infinite values.
+            HikuiError: a matrix holds NaN or infinite values; or the pass has to go through the model and there is no
+                calibration text, or not enough memory.
         """
         work = program.clone()
         chosen = self.chosen(work)
         if not chosen:
             return PassResult(program, False)
-        notes = []
         with Workers(context.workers) as workers:
-            found = workers.map(lambda job: self._factors(work, job[1], job[0], context.resume), enumerate(chosen))
-            for index, (node, factors) in enumerate(zip(chosen, found, strict=True)):
-                context.progress(self.name, index, len(chosen))
-                notes += [f"{node.meta[SITE]}: {note}" for note in self.format_of(node).notes(*matrix_shape(node))]
-                _put_in_place(work, node, factors)
-        context.progress(self.name, len(chosen), len(chosen))
+            put = _Replacement(self, work, chosen, workers)
+            notes = Walk(put, program, work, context, workers).run() if self.walks(work) else put.each(context)
         work.recompile()
         return PassResult(work, True, notes)
 
-    def _factors(self, program: Program, node: fx.Node, number: int, resume: Resume) -> Factors:
-        if (kept := resume.load(str(number))) is not None:
+
+class _Replacement:
+    """Puts factors in the place of sites (a `Replacement` of `walk`)."""
+
+    reads_float = False
+    wants = frozenset({"mean_square", "gram"})
+
+    def __init__(self, options: Factorise, program: Program, nodes: list[fx.Node], workers: Workers) -> None:
+        self.name, self.nodes = options.name, nodes
+        self._options, self._program, self._workers = options, program, workers
+        self._numbers = {node.meta[SITE]: number for number, node in enumerate(nodes)}
+
+    def spare(self, tied: Sequence[fx.Node]) -> int:
+        """See `Replacement.spare`: what a site makes of the Gram matrix, and of its factors, at most."""
+        return 2 + 3 * min(self._workers.count, len(tied))
+
+    def put(
+        self,
+        tied: Sequence[fx.Node],
+        evidence: OwnEvidence | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        resume: Resume | None = None,
+    ) -> list[str]:
+        """See `Replacement.put`."""
+        mean_square = hessian = None
+        if evidence is not None:
+            mean_square, hessian = evidence.mean_square, evidence.take_gram().float()
+        jobs = [(node, mean_square, hessian, (weights or {}).get(node.meta[SITE]), resume) for node in tied]
+        found = list(self._workers.map(lambda job: self._found(*job), jobs))
+        return [note for node, factors in zip(tied, found, strict=True) for note in self._replace(node, factors)]
+
+    def each(self, context: PassContext) -> list[str]:
+        """Replaces all of the sites, on what `calibrate` has measured; returns notes on them."""
+        notes: list[str] = []
+
+        def factors(node: fx.Node) -> Factors:
+            keys, load = node.meta.get(STATISTICS, {}), self._program.store.load
+            mean_square, gram = (load(keys[kind]).float() if kind in keys else None for kind in ("mean_square", "gram"))
+            return self._found(node, mean_square, gram, None, context.resume)
+
+        for index, (node, found) in enumerate(zip(self.nodes, self._workers.map(factors, self.nodes), strict=True)):
+            context.progress(self.name, index, len(self.nodes))
+            notes += self._replace(node, found)
+        context.progress(self.name, len(self.nodes), len(self.nodes))
+        return notes
+
+    def _found(
+        self,
+        node: fx.Node,
+        mean_square: Tensor | None,
+        gram: Tensor | None,
+        weight: Tensor | None,
+        resume: Resume | None,
+    ) -> Factors:
+        number = self._numbers[node.meta[SITE]]
+        if resume and (kept := resume.load(f"{number}")) is not None:
             return Factors(**kept)
-        weight = load_finite(program, weight_of(node), node.meta[SITE])
-        importance = None
-        if is_measured(node):
-            importance = shrunk(program.store.load(node.meta[STATISTICS]["mean_square"]).float())
-        generator = torch.Generator().manual_seed((self.seed * _SITES + number) % (1 << 63))
-        rank = self.format_of(node).rank(*matrix_shape(node))
-        factors = factorise(weight, rank, importance, self.iterations, generator)
-        if (key := node.meta.get(STATISTICS, {}).get("gram")) is not None:
-            hessian = program.store.load(key).float()
+        if weight is None:
+            weight = load_finite(self._program, weight_of(node), node.meta[SITE])
+        importance = None if mean_square is None else shrunk(mean_square)
+        if gram is not None:
+            hessian = gram.clone()
             mean = float(hessian.diagonal().mean())
             hessian.diagonal().add_(_DAMPING * mean if mean > 0 else 1.0)
         else:
             hessian = torch.diag(torch.ones(weight.shape[1]) if importance is None else importance)
-        factors = _in_range(refine(weight, factors, hessian, self.rounds))
-        resume.save(str(number), factors._asdict())
+        options = self._options
+        generator = torch.Generator().manual_seed((options.seed * _SITES + number) % (1 << 63))
+        rank = options.format_of(node).rank(*weight.shape)
+        factors = factorise(weight, rank, importance, options.iterations, generator)
+        factors = _in_range(refine(weight, factors, hessian, options.rounds))
+        if resume:
+            resume.save(f"{number}", factors._asdict())
         return factors
+
+    def _replace(self, node: fx.Node, factors: Factors) -> list[str]:
+        site, fmt, shape = node.meta[SITE], self._options.format_of(node), matrix_shape(node)
+        _put_in_place(self._program, node, factors)
+        return [f"{site}: {note}" for note in fmt.notes(*shape)]
 
 
 def _in_range(factors: Factors) -> Factors:

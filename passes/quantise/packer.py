@@ -1,5 +1,6 @@
 """Rounds and packs sites, one after the other, and keeps what is finished."""
 
+from collections.abc import Mapping, Sequence
 from typing import Generic
 
 import torch
@@ -21,7 +22,7 @@ _UNKNOWN = Evidence()
 
 
 class Packer(Generic[Prepared]):
-    """Rounds and packs sites for a quantiser; what it has finished is kept in `resume`.
+    """Rounds and packs sites for a quantiser (a `Replacement` of `walk`); what it has finished is kept in `resume`.
 
     Args:
         rounder: rounds.
@@ -31,6 +32,8 @@ class Packer(Generic[Prepared]):
     """
 
     def __init__(self, rounder: Rounder[Prepared], program: Program, nodes: list[fx.Node], workers: Workers) -> None:
+        self.name, self.nodes, self.wants = rounder.name, nodes, rounder.wants()
+        self.reads_float = rounder.reads_float
         self._rounder = rounder
         self._program = program
         self._workers = workers
@@ -41,6 +44,24 @@ class Packer(Generic[Prepared]):
                 self._due.setdefault(node.meta[GROUP], set()).add(key)
         self._of: OwnEvidence | None = None
         self._prepared: dict[str, Prepared] = {}
+
+    def spare(self, tied: Sequence[fx.Node]) -> int:
+        """See `Replacement.spare`."""
+        return self._rounder.spare_matrices + preparations(self._rounder, tied)
+
+    def put(
+        self,
+        tied: Sequence[fx.Node],
+        evidence: OwnEvidence | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+        resume: Resume | None = None,
+    ) -> list[str]:
+        """See `Replacement.put`."""
+        weights = dict(weights or {})
+        notes: list[str] = []
+        for node in tied:
+            notes += self.pack(node, evidence, resume=resume, weight=weights.pop(node.meta[SITE], None))
+        return notes
 
     def pack(
         self,
@@ -121,7 +142,7 @@ def column_key(fmt: Format) -> str | None:
     return str(fmt) if fmt.is_mixed else ""
 
 
-def preparations(rounder: Rounder[Prepared], tied: list[fx.Node]) -> int:
+def preparations(rounder: Rounder[Prepared], tied: Sequence[fx.Node]) -> int:
     """How many K×K matrices are held for tied sites beside their Gram matrix, apart from `spare_matrices`."""
     keys = {key for node in tied if (key := column_key(rounder.format_of(node))) is not None}
     return max(0, len(keys) - 1) + any(keys)

@@ -7,7 +7,7 @@ from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.ir.program import CORRECTION, SITE, Program
 from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, selected, sites
-from hikui.passes.quantise.correction import note
+from hikui.passes.quantise.correction import Settings, note
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,13 @@ class Qep(Pass):
 
     A site that is already marked keeps its mark. The quantiser that rounds a marked site then follows the calibration
     text through the float and the quantised model and rounds W* = W + α·W·(X − X̂)·X̂ᵀ·(X̂·X̂ᵀ + λI)⁻¹ (arXiv 2504.09629).
+    With `residual` a site whose product is added to a stream R makes up for that stream's error as well, by
+    ρ·(R − R̂)·X̂ᵀ·(X̂·X̂ᵀ + λI)⁻¹.
 
     Attributes:
         alpha: how much of the correction is applied, 0 to 1; 0 leaves a site uncorrected.
         damping: λ over the mean of the diagonal of X̂·X̂ᵀ.
+        residual: ρ, how much of the error of what a site is added to is made up for, 0 to 1.
         sites: regular expression of the sites to mark; empty is all.
         skip: regular expression of the sites to leave out.
     """
@@ -28,6 +31,7 @@ class Qep(Pass):
     calibrates: ClassVar[bool] = True
     alpha: float = 0.5
     damping: float = 0.01
+    residual: float = 0.0
     sites: str = ""
     skip: str = ""
 
@@ -36,6 +40,8 @@ class Qep(Pass):
             raise UsageError(f"qep cannot apply {self.alpha:g} of the correction; alpha is between 0 and 1.")
         if not self.damping > 0:
             raise UsageError(f"qep cannot be damped by {self.damping:g}; damping is above 0.")
+        if not 0 <= self.residual <= 1:
+            raise UsageError(f"qep cannot make up for {self.residual:g} of the residual; it is between 0 and 1.")
 
     def requires(self, program: Program) -> None:
         """Raises HikuiError where no unpacked site matches."""
@@ -52,8 +58,11 @@ class Qep(Pass):
         marked = []
         for node in selected(float_sites(work), self.sites, self.skip):
             if CORRECTION not in node.meta:
-                node.meta[CORRECTION] = note(self.alpha, self.damping)
+                node.meta[CORRECTION] = note(Settings(self.alpha, self.damping, self.residual))
                 marked.append(node.meta[SITE])
         if not marked:
             return PassResult(program, False)
-        return PassResult(work, True, [f"{len(marked)} sites with α {self.alpha:g}, damping {self.damping:g}"])
+        how = f"α {self.alpha:g}, damping {self.damping:g}"
+        if self.residual:
+            how += f", residual {self.residual:g}"
+        return PassResult(work, True, [f"{len(marked)} sites with {how}"])

@@ -64,7 +64,7 @@ class Quantiser(Rounder[Prepared]):
             return PassResult(program, False)
         with Workers(context.workers) as workers:
             if self.walks(work):
-                notes = Walk(self, program, work, context, workers).run()
+                notes = Walk(Packer(self, work, chosen, workers), program, work, context, workers).run()
             else:
                 notes = self._site_by_site(work, chosen, context, workers)
         work.recompile()

@@ -93,9 +93,9 @@ def test_sums_are_the_means_over_all_tokens(
     references = [text + random(*text.shape, seed=99) for text in texts]
     with Workers(1) as workers:
         weights = random(14, seed=3).square() if weighed else None
-        sums = Sums(K, EVERY, workers, weights, cross=cross)
+        sums = Sums(K, EVERY, workers, weights, cross=cross, beside=3 * cross)
         for text, reference in zip(texts, references, strict=True):
-            sums.add(text, reference if cross else None)
+            sums.add(text, reference if cross else None, 2 * reference[..., :3] if cross else None)
         found = sums.evidence()
     x, float_x = (torch.cat([part.reshape(-1, K) for part in parts]).double() for parts in (texts, references))
     assert sums.tokens == len(x) == 14 and sums.finite
@@ -115,6 +115,9 @@ def test_sums_are_the_means_over_all_tokens(
         torch.testing.assert_close(sums.cross(), difference.t() @ (w * x) / 14, rtol=0, atol=bound)
         with pytest.raises(AssertionError, match="it was asked for"):
             sums.cross()
+        beside = 2 * float_x[:, :3]
+        bound = 18 * 2**-24 * float(beside.abs().t().mm(w * x.abs()).max()) / 14
+        torch.testing.assert_close(sums.beside(), beside.t() @ (w * x) / 14, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("wanted", [set(), {"max_abs"}, {"gram"}, {"mean_abs", "mean_square"}])

@@ -41,9 +41,11 @@ def test_the_factor_multiplies_out(k: int, damping: float) -> None:
     assert torch.equal(factor, total)
 
 
-def test_cross_products() -> None:
-    x, y = random(50, 70), random(50, 70, seed=1)
-    total = torch.zeros(70, 70, dtype=torch.float64)
+@pytest.mark.parametrize("n", [70, 9, 90])
+def test_cross_products(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linalg, "_TILE", 32)
+    x, y = random(50, n), random(50, 70, seed=1)
+    total = torch.zeros(n, 70, dtype=torch.float64)
     with Workers(2) as pool:
         linalg.add_cross(total, x, y, pool)
     assert torch.allclose(total, x.double().t() @ y.double(), rtol=1e-5, atol=1e-5)

@@ -214,6 +214,22 @@ def test_activations_are_rounded_twice() -> None:
     assert not calls(out, aten.linear.default)
 
 
+def test_corrected_sites_make_up_for_those_before_them() -> None:
+    program = canonical("llama")
+    data = calibration(program, 12, 40)
+    errors = []
+    for text in (BLOCKS.replace("}", ",inputs=quantised}"), f"qep{{alpha=1,skip=lm_head}},{BLOCKS}"):
+        out = lower(program, text, data)
+        errors.append(sum(float((run(out, text)[0] - run(program, text)[0]).norm()) for text in data.chunks))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_it_needs_text_where_it_measures_by_itself() -> None:
+    assert Factorise(inputs="quantised").calibrates and not Factorise().calibrates
+    with pytest.raises(HikuiError, match="follows real text"):
+        Factorise(inputs="quantised").run(canonical("llama"), PassContext())
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = canonical("llama")
     (step,) = parse_pipeline(BLOCKS, PASSES)

@@ -1,4 +1,4 @@
-"""The walk behind gptq and qep: killed runs go on, threads change nothing, and what cannot fit is refused."""
+"""The walk behind gptq, qep and factorise: killed runs go on, threads change no byte, what cannot fit is refused."""
 
 import json
 import subprocess
@@ -26,6 +26,7 @@ PIPELINES = [
     "gptq{bits=3,group=32}",
     "qep{alpha=1},gptq{bits=2,group=32,act_order=false}",
     "calibrate,qep,rtn{format=mixed-g32-c32}",
+    "qep{alpha=1},factorise{bits=3,iterations=4,rounds=1,inputs=quantised}",
 ]
 
 
