@@ -19,6 +19,12 @@ _DAMPING = 1e-3
 _SWEEPS = 2
 """Over the signs of the left factor, each time."""
 
+_COLUMNS = 32
+"""Of the right factor, in which signs turn side by side."""
+
+_SHARE = 0.5
+"""Of what signs gain each by itself that they may lose by turning together; else only the best of them turns."""
+
 _LEAST = 1e-6
 """Of what a middle value is in the metric, over the mean: where a factor gives nothing it must stay above zero."""
 
@@ -66,30 +72,53 @@ def _turn_left(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
 
 
 def _turn_right(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:
-    """V: column by column of the input, the sign that gains most first, until none gains."""
+    """V: some columns of the input at a time, in each the sign that gains most, until none gains."""
     outer = factors.rows.unsqueeze(1) * signs(factors.left) * factors.middle
     gram = outer.t() @ outer
     now = signs(factors.right).t().contiguous()  # [r, k]
     slope = outer.t() @ (weight - outer @ (now * factors.columns)) @ hessian
-    own, pivots = gram.diagonal(), hessian.diagonal()
-    for column in range(weight.shape[1]):
-        scale, held = factors.columns[column], now[:, column].clone()
-        along, curve = slope[:, column].clone(), own * pivots[column] * scale
-        turned = torch.zeros_like(held)
-        for _ in range(len(held)):
-            # A quarter of what the error falls by when a sign turns.
-            gain = -held * along * scale - curve * scale
-            best = int(gain.argmax())
-            if not bool(gain[best] > 0):
-                break
-            step = -2 * held[best] * scale
-            held[best] = -held[best]
-            turned[best] += step
-            along -= (step * pivots[column]) * gram[best]
-        if bool(turned.any()):
-            now[:, column] = held
-            slope.addr_(gram @ turned, hessian[column], alpha=-1.0)
+    for start in range(0, weight.shape[1], _COLUMNS):
+        columns = slice(start, start + _COLUMNS)
+        scale, metric, held = factors.columns[columns], hessian[columns, columns], now[:, columns].clone()
+        moved = _turn_columns(held, slope[:, columns].clone(), scale, gram, metric)
+        now[:, columns] = held
+        slope.sub_((gram @ moved) @ hessian[columns])
     return factors._replace(right=_moved(factors.right, now.t()))
+
+
+def _turn_columns(held: Tensor, slope: Tensor, scale: Tensor, gram: Tensor, metric: Tensor) -> Tensor:
+    """Turns signs of some columns, in place, until no single one lowers the error.
+
+    Args:
+        held: the signs, float32 [r, columns].
+        slope: half of what the error falls by with each of their products with the scales: [r, columns], used up.
+        scale: s₂: [columns].
+        gram: of what the factors before give: [r, r].
+        metric: H of these columns.
+
+    Returns:
+        What the products with the scales have changed by: [r, columns].
+    """
+    each = torch.arange(len(scale))
+    curve = torch.outer(gram.diagonal(), metric.diagonal() * scale.square())
+    apart = metric - metric.diagonal().diag()
+    moved = torch.zeros_like(held)
+    # Each step lowers the error, but for rounding, which must not go on for ever.
+    for _ in range(held.numel()):
+        # A quarter of what the error falls by when one sign turns, and how two of them go together.
+        gain, best = (held * slope).mul_(-scale).sub_(curve).max(0)
+        gains = gain > 0
+        if not bool(gains.any()):
+            break
+        step = torch.where(gains, -2 * held[best, each] * scale, 0.0)
+        rows = gram[best]
+        together = 0.25 * float(step @ ((rows[:, best] * apart) @ step))
+        if not together < _SHARE * float(gain[gains].sum()):
+            step = torch.where(each == gain.argmax(), step, 0.0)
+        held[best, each] = torch.where(step != 0, -held[best, each], held[best, each])
+        moved[best, each] += step
+        slope -= (rows.t() * step) @ metric
+    return moved
 
 
 def _refit_middle(weight: Tensor, factors: Factors, hessian: Tensor) -> Factors:

@@ -323,8 +323,8 @@ def expect(parts: Sections, context: PassContext, hands: int, name: str, nbytes:
         block: bytes that a worker needs of the sites of a block.
 
     Returns:
-        Whether what blocks compute on the way to the head may be kept for the way back: where that leaves half of the
-        memory free.
+        Whether what blocks compute on the way to the head may be kept for the way back: where that leaves a third of
+        the memory free.
 
     Raises:
         HikuiError: there is not enough memory.
@@ -339,7 +339,7 @@ def expect(parts: Sections, context: PassContext, hands: int, name: str, nbytes:
     peak = nbytes + hands * (2 * values + block + flowing) + kept
     graphs = hands * (len(parts.blocks) - 1) * (2 * values + block)
     room = room_for(context)
-    keeps = room is not None and peak + graphs <= room // 2
+    keeps = room is not None and 3 * (peak + graphs) <= 2 * room
     peak += graphs if keeps else 0
     site = parts.blocks[0].sites[0] if parts.blocks[0].sites else parts.blocks[0].nodes[0]
     footprint = Footprint(peak, 0, str(site.meta.get(SITE, site.name)), 0, kept)

@@ -106,7 +106,23 @@ def test_scales_are_those_of_least_error(part: str, name: str) -> None:
         assert error(weight, factors._replace(**{name: moved}), hessian) > least * 0.999
 
 
-def test_no_single_sign_of_the_right_factor_would_gain() -> None:
+def test_signs_that_turn_side_by_side_do_not_undo_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = random(1, 30).repeat(30, 1), torch.ones(30, 30) + 0.01 * torch.eye(30)
+    factors = start(weight, 12, iterations=2)
+    factors = factors._replace(right=-factors.right)
+    one, many = (lowered(factors, weight, hessian, columns, monkeypatch) for columns in (1, 32))
+    before = error(weight, factors, hessian)
+    assert many < before and many < one + 0.02 * before
+
+
+def lowered(factors: Factors, weight: Tensor, hessian: Tensor, columns: int, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(factor_descent, "_COLUMNS", columns)
+    return error(weight, factor_descent._turn_right(weight, factors, hessian), hessian)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 32])
+def test_no_single_sign_of_the_right_factor_would_gain(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factor_descent, "_COLUMNS", columns)
     weight, hessian = random(10, 7), metric(7)
     factors = start(weight, 6, iterations=10)
     for _ in range(8):
