@@ -218,8 +218,8 @@ def test_corrected_sites_make_up_for_those_before_them() -> None:
     program = canonical("llama")
     data = calibration(program, 12, 40)
     errors = []
-    for text in (BLOCKS.replace("}", ",inputs=quantised}"), f"qep{{alpha=1,skip=lm_head}},{BLOCKS}"):
-        out = lower(program, text, data)
+    for steps in (BLOCKS.replace("}", ",inputs=quantised}"), f"qep{{alpha=1,skip=lm_head}},{BLOCKS}"):
+        out = lower(program, steps, data)
         errors.append(sum(float((run(out, text)[0] - run(program, text)[0]).norm()) for text in data.chunks))
     assert errors[1] < 0.8 * errors[0]
 
