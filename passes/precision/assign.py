@@ -15,6 +15,7 @@ from hikui.lowering.pipeline.contract import Pass, PassContext, PassResult
 from hikui.passes.graph import float_sites, groups, matrix_shape
 from hikui.passes.precision.budget import Candidates, cheapest, solve, spend_at_random
 from hikui.passes.precision.candidates import parse_formats, tied_nbytes
+from hikui.passes.precision.fitted_costs import between, fitted
 from hikui.passes.precision.latency import PICOSECONDS, Speeds
 from hikui.passes.precision.rest import rest_nbytes
 
@@ -41,6 +42,9 @@ class Assign(Pass):
             for one token on one thread; 0 for none.
         speeds: of each kind of weights on the machine it is for, in 10⁹ weights a second (`int4=14.2|sign=40`), as
             `hikui bench` measures them; for `target_latency`.
+        costs: `measured` as they are, or `fitted`: of each site its own level times what each format has on average
+            where matrices are of that size, so that the noise of few texts decides less; factors between ranks that
+            were tried are candidates then too.
     """
 
     name: ClassVar[str] = "assign"
@@ -57,6 +61,7 @@ class Assign(Pass):
     tables: str = "int8-channel"
     target_latency: float = 0.0
     speeds: str = ""
+    costs: Literal["measured", "fitted"] = "measured"
 
     def __post_init__(self) -> None:
         speeds = Speeds.parse(self.speeds)
@@ -91,13 +96,29 @@ class Assign(Pass):
             where = "" if self.over == "all" else " in a block"
             raise HikuiError(f"There is no unpacked linear site{where}; run `canonicalise` first, and `rtn` later.")
         if self.mode == "optimal":
+            costs = self._costs(found)
             for node in found:
                 for fmt in parse_formats(self.formats):
-                    if FIXED not in node.meta and str(fmt) not in node.meta.get(SENSITIVITY, {}):
+                    if FIXED not in node.meta and str(fmt) not in costs[node.meta[SITE]]:
                         raise HikuiError(
                             f"Site {node.meta[SITE]} has no sensitivity for {fmt}; run `sensitivity` or `trial` with "
                             "this format first."
                         )
+
+    def _costs(self, found: Sequence[fx.Node]) -> dict[str, dict[str, float]]:
+        """Of each site, by the names of formats, as `costs` has them."""
+        measured = {node.meta[SITE]: dict(node.meta.get(SENSITIVITY, {})) for node in found}
+        if self.costs == "measured":
+            return measured
+        shapes = {node.meta[SITE]: matrix_shape(node) for node in found}
+        out = fitted(measured, shapes)
+        for site, of_site in out.items():
+            for fmt in self._listed():
+                if fmt.is_factors and str(fmt) not in of_site:
+                    cost = between(of_site, shapes[site], fmt)
+                    if cost is not None:
+                        of_site[str(fmt)] = cost
+        return out
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Works on a clone.
@@ -122,7 +143,7 @@ class Assign(Pass):
     def _choices(self, program: Program) -> list[Candidates]:
         """One choice a site, and one for those that must be alike; those that `override` has fixed have none."""
         out = []
-        names = self._names()
+        names, known = self._names(), self._costs(self.chosen(program))
         for members in groups(self.chosen(program)).values():
             fixed = [node for node in members if FIXED in node.meta]
             free = [node for node in members if FIXED not in node.meta]
@@ -134,7 +155,7 @@ class Assign(Pass):
                 if not tied:
                     continue
                 shapes = [matrix_shape(node) for node in tied]
-                costs = [[node.meta.get(SENSITIVITY, {}).get(name, 0.0) for node in tied] for name in formats]
+                costs = [[known[node.meta[SITE]].get(name, 0.0) for node in tied] for name in formats]
                 out.append(
                     Candidates(
                         sites=tuple(node.meta[SITE] for node in tied),
