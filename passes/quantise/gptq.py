@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from hikui.lowering.engine.workers import Workers
-from hikui.lowering.errors import UsageError
+from hikui.lowering.errors import HikuiError, UsageError
 from hikui.lowering.formats import WIDEST_GROUP, Format
+from hikui.lowering.ir.program import CORRECTION, SITE, Program
 from hikui.passes.measure import linalg
 from hikui.passes.measure.evidence import Evidence
 from hikui.passes.quantise.descent import descend
@@ -95,6 +96,16 @@ class Gptq(Quantiser[Factor]):
     def spare_matrices(self) -> int:
         """The copy of H in another order, the one for sweeps (float32, counted as float64), and what stages take."""
         return int(self.act_order) + bool(self.sweeps) + 2 * self.staged
+
+    def requires(self, program: Program) -> None:
+        """Raises HikuiError as every quantiser, and where `qep` asks for what the float model cannot give."""
+        super().requires(program)
+        marked = [node for node in self.chosen(program) if CORRECTION in node.meta]
+        if self.reads_float and marked:
+            raise HikuiError(
+                f"`qep` asks for {marked[0].meta[SITE]} to be corrected for the errors of the layers before it, of "
+                "which there are none in the float model; leave out `qep`, or inputs=float."
+            )
 
     def wants(self) -> frozenset[str]:
         """The Gram matrix."""

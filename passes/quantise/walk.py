@@ -96,7 +96,7 @@ class Walk(ResumableTraversal):
             work,
             self._blocks,
             self._texts,
-            streams=1 + (corrected and not self._reads_float),
+            streams=1 + corrected,
             matrices=("gram" in replacement.wants or corrected) + corrected + residual,
             spare=max((replacement.spare(group) for block in self._blocks for group in block), default=0),
             corrected=corrected,

@@ -230,6 +230,8 @@ def test_settled_and_refused() -> None:
     assert_settled(Gptq(), lower(program, "gptq", data), data)
     with pytest.raises(HikuiError, match="It follows real text through the model and none was given"):
         lower(program, "gptq")
+    with pytest.raises(HikuiError, match=r"`qep` asks for model\.layers\.0\.self_attn\.q_proj to be corrected"):
+        lower(program, "qep,gptq{inputs=float}", data)
     with pytest.raises(UsageError, match="damping is above 0"):
         Gptq(damping=0)
     with pytest.raises(UsageError, match="gptq cannot round to 16 bits; it takes 1, 2, 3, 4, 8"):

@@ -159,7 +159,7 @@ def test_the_key_of_an_order_of_columns() -> None:
         (f"{BEFORE},gptq{{act_order=false}}", 2, 1, 1, False),
         (f"{BEFORE},qep,gptq{{act_order=false}}", 2, 2, 2, True),
         ("gptq", 1, 1, 1, False),
-        ("qep,gptq{inputs=float}", 1, 2, 1, True),
+        ("gptq{inputs=float}", 1, 1, 1, False),
     ],
 )
 def test_the_walk_asks_for_the_most_that_a_group_holds(
