@@ -12,7 +12,7 @@ from hikui.lowering.engine.workers import Workers
 from hikui.lowering.ir.packed import is_packed
 from hikui.lowering.ir.program import BLOCK, Program
 from hikui.passes.gradients.block_training import BlockSpan, Product, TrainingBlock, text_dependent
-from hikui.passes.gradients.coded_matrix import CodedMatrix
+from hikui.passes.gradients.coded_matrix import CodedGradient, CodedLeaf, CodedMatrix
 from hikui.passes.graph import block_segments
 
 _TOKENS = 64
@@ -93,8 +93,26 @@ class Learned(NamedTuple):
 class Slopes(NamedTuple):
     """The gradients for what is learned, float32, those for matrices of codes being those for what they stand for."""
 
-    sites: dict[fx.Node, Tensor]
+    sites: dict[fx.Node, Tensor | CodedGradient]
     vectors: dict[fx.Node, Tensor]
+
+    def add(self, other: "Slopes") -> None:
+        """Adds those of another text, which may be used up."""
+        for node, gradient in other.sites.items():
+            held = self.sites.get(node)
+            if held is None:
+                self.sites[node] = gradient
+            elif isinstance(held, CodedGradient):
+                assert isinstance(gradient, CodedGradient), "a site is learned in one way"
+                self.sites[node] = held + gradient
+            else:
+                assert isinstance(gradient, Tensor), "a site is learned in one way"
+                held += gradient
+        for node, gradient in other.vectors.items():
+            if node in self.vectors:
+                self.vectors[node] += gradient
+            else:
+                self.vectors[node] = gradient
 
 
 SiteProduct = Callable[[fx.Node, Tensor | CodedMatrix | None], Product]
@@ -187,10 +205,18 @@ class Chain:
         for span, block in reversed(self._blocks):
             graph = kept.pop() if self.keeps else self._graph(span, block, values, now, product)
             ends = [(value, reaching.pop(node, None)) for node, value in zip(span.outputs, graph.made, strict=True)]
+            of_sites: dict[fx.Node, Tensor] = {}
             _backwards(
                 [(value, of_value) for value, of_value in ends if of_value is not None],
-                [(graph.read, reaching), (graph.own, found.vectors), (graph.learned, found.sites)],
+                [
+                    (graph.read, reaching),
+                    (graph.own, found.vectors),
+                    (graph.learned, of_sites),
+                    ({site: leaf.stand_in for site, leaf in graph.coded.items()}, {}),
+                ],
             )
+            found.sites.update(of_sites)
+            found.sites.update({site: leaf.gradient() for site, leaf in graph.coded.items()})
         return total, found
 
     def _graph(
@@ -204,11 +230,12 @@ class Chain:
         """What a block makes of some values, and all that gradients are taken of."""
         read, own = _leaves({node: values[node] for node in block.inputs}), self._own(block, now)
         held = {site: _as_leaf(now.sites[site]) for site in span.sites if site in now.sites}
-        learned = {site: _gradients_of(value) for site, value in held.items()}
+        coded = {site: value.leaf for site, value in held.items() if isinstance(value, CodedMatrix) and value.leaf}
+        learned = {site: value for site, value in held.items() if isinstance(value, Tensor)}
         with torch.enable_grad():
             products = {site: product(site, held.get(site)) for site in span.sites}
             made = block.run(read, length(values), products, own)
-        return _Graph(read, own, learned, made)
+        return _Graph(read, own, learned, coded, made)
 
     @staticmethod
     def _own(block: TrainingBlock, now: Learned) -> dict[fx.Node, Tensor]:
@@ -221,6 +248,7 @@ class _Graph(NamedTuple):
     read: dict[fx.Node, Tensor]
     own: dict[fx.Node, Tensor]
     learned: dict[fx.Node, Tensor]
+    coded: dict[fx.Node, CodedLeaf]
     made: list[Tensor]
 
 
@@ -245,14 +273,6 @@ def length(inputs: Mapping[fx.Node, Tensor]) -> int:
 
 def _as_leaf(value: Tensor | CodedMatrix) -> Tensor | CodedMatrix:
     return value.as_leaf() if isinstance(value, CodedMatrix) else value.detach().requires_grad_()
-
-
-def _gradients_of(value: Tensor | CodedMatrix) -> Tensor:
-    """The leaf itself, which codes have something stand in for."""
-    if isinstance(value, Tensor):
-        return value
-    assert value.stand_in is not None, "it has been made a leaf"
-    return value.stand_in
 
 
 def _leaves(values: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:

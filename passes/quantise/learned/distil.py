@@ -7,6 +7,7 @@ learned beside them; codes stay what a quantiser chose.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from hikui.lowering.formats import pack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.chain import Learned, Sections, Slopes
-from hikui.passes.quantise.learned.distillation import Course, Student
+from hikui.passes.quantise.learned.distillation import Course, Part, Student
 from hikui.passes.quantise.learned.distiller import Distiller, as_stored, head_nbytes, put_in_place
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
 from hikui.passes.quantise.learned.scaled_product import ScaledProduct
@@ -64,7 +65,7 @@ class Distil(Distiller):
         """Factors for scales; codes, one byte a weight, stay in memory."""
         return _Scales(self, program, parts, lengths)
 
-    def nbytes(self, parts: Sections, workers: int) -> tuple[int, int]:
+    def nbytes(self, parts: Sections, workers: int, tokens: int) -> tuple[int, int]:
         """All codes, what is learned, the head; and what a worker has of a block's matrices."""
         weights = scales = block = 0
         for span in parts.blocks:
@@ -102,6 +103,13 @@ class _Scales(Student):
         pairs = zip(self._products.items(), values, strict=False)
         return {site: as_stored(held.scale * factor) for (site, held), factor in pairs}
 
-    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
-        """Those for the factors."""
-        return [found.sites[site] * held.scale for site, held in self._products.items()]
+    def of_sites(self, now: Learned, found: Slopes) -> list[Part]:
+        """The factors."""
+
+        def of_scale(site: fx.Node, stored: Tensor) -> list[Tensor]:
+            reaching = found.sites[site]
+            assert isinstance(reaching, Tensor), "scales are learned, no matrices"
+            return [reaching * stored]
+
+        sites = enumerate(self._products.items())
+        return [Part(site, (place,), partial(of_scale, site, held.scale)) for place, (site, held) in sites]

@@ -5,9 +5,11 @@ what is learned, and from which gradients, a `Student` says.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import cos, isfinite, pi
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -64,6 +66,20 @@ class Course:
     shares: tuple[float, ...]
 
 
+class Part(NamedTuple):
+    """Values whose gradients are made together, so that a worker moves them while they are in its cache.
+
+    Attributes:
+        node: the site or vector that they are of.
+        places: where they are among all values.
+        gradients: makes the gradient for each, using up what it makes them of.
+    """
+
+    node: fx.Node
+    places: tuple[int, ...]
+    gradients: Callable[[], Sequence[Tensor]]
+
+
 class Student(ABC):
     """What is learned: something of the sites, and factors, all 1 at first, for weights of one dimension.
 
@@ -102,21 +118,27 @@ class Student(ABC):
         vectors = {vector: stored * factors.get(vector, 1.0) for vector, stored in self._stored.items()}
         return Learned(self.sites(values, workers), vectors)
 
-    def gradients(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
-        """The gradients for the values from those for `now`, what `learned` gave; these are used up."""
-        of_vectors = [found.vectors[vector] * self._stored[vector] for vector in self.vectors]
-        return [*self.of_sites(values, now, found, workers), *of_vectors]
+    def parts(self, now: Learned, found: Slopes) -> list[Part]:
+        """All values, with their gradients from those for `now`, what `learned` gave; these are used up."""
+        first = len(self.values) - len(self.vectors)
+        return self.of_sites(now, found) + [
+            Part(vector, (place,), partial(self._of_vector, vector, found))
+            for place, vector in enumerate(self.vectors, first)
+        ]
+
+    def _of_vector(self, vector: fx.Node, found: Slopes) -> list[Tensor]:
+        return [found.vectors[vector] * self._stored[vector]]
 
     @abstractmethod
     def sites(self, values: Sequence[Tensor], workers: Workers) -> Mapping[fx.Node, Tensor | CodedMatrix]:
         """What sites are for some values."""
 
     @abstractmethod
-    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
-        """The gradients for all values but the factors of vectors."""
+    def of_sites(self, now: Learned, found: Slopes) -> list[Part]:
+        """All values but the factors of vectors."""
 
-    def confine(self) -> None:  # noqa: B027  (most values may be anything)
-        """Brings values back to where they may be, after a step."""
+    def confine(self, place: int) -> None:  # noqa: B027  (most values may be anything)
+        """Brings a value back to where it may be, after a step."""
 
 
 class Distillation:
@@ -275,32 +297,25 @@ class Distillation:
 
         total = Slopes({}, {})
         for found in self._workers.map(one, numbers):
-            for place, part in zip(total, found, strict=True):
-                for node, gradient in part.items():
-                    if node in place:
-                        place[node] += gradient
-                    else:
-                        place[node] = gradient
-        for place in total:
-            for node, gradient in place.items():
+            total.add(found)
+        tokens = self._tokens(numbers)
+
+        def move(part: Part) -> None:
+            for place, gradient in zip(part.places, part.gradients(), strict=True):
                 if not bool(gradient.sum().isfinite()):
                     raise HikuiError(
-                        f"The gradients of {node.meta.get(SITE, node.name)} are NaN or infinite on the calibration "
-                        "text; `hikui eval` of the float model shows whether its numbers are finite."
+                        f"The gradients of {part.node.meta.get(SITE, part.node.name)} are NaN or infinite on the "
+                        "calibration text; `hikui eval` of the float model shows whether its numbers are finite."
                     )
-        tokens = self._tokens(numbers)
-        gradients = student.gradients(student.values, now, total, self._workers)
+                optimiser, value = optimisers[place], student.values[place]
+                value.grad = gradient.div_(tokens).contiguous()
+                for group in optimiser.param_groups:
+                    group["lr"] = student.rates[place] * height
+                optimiser.step()
+                value.grad = None
+                student.confine(place)
 
-        def move(number: int) -> None:
-            optimiser, value = optimisers[number], student.values[number]
-            value.grad = gradients[number].div_(tokens).contiguous()
-            for group in optimiser.param_groups:
-                group["lr"] = student.rates[number] * height
-            optimiser.step()
-            value.grad = None
-
-        self._workers.each(move, range(len(optimisers)))
-        student.confine()
+        self._workers.each(move, student.parts(now, total))
 
     def _tokens(self, numbers: Sequence[int]) -> int:
         return sum(self._texts[number].shape[1] for number in numbers)

@@ -72,8 +72,14 @@ class Distiller(Pass):
         """What it learns; `lengths` are those of the texts."""
 
     @abstractmethod
-    def nbytes(self, parts: Sections, workers: int) -> tuple[int, int]:
-        """Bytes of all that is learned and made of it, and of what each worker has of a block's matrices."""
+    def nbytes(self, parts: Sections, workers: int, tokens: int) -> tuple[int, int]:
+        """Bytes of all that is learned and made of it, and of what each worker has of a block's matrices.
+
+        Args:
+            parts: of the program.
+            workers: how many.
+            tokens: of the longest text.
+        """
 
     @abstractmethod
     def store(self, work: Program, student: Student, learned: Learned) -> None:
@@ -129,8 +135,9 @@ class Distiller(Pass):
             return PassResult(program, False)
         with Workers(context.workers) as workers:
             hands = min(workers.count, self.batch)
-            keeps = expect(parts, context, hands, self.name, *self.nbytes(parts, workers.count))
-            student = self.student(program, parts, {text.shape[1] for text in context.to_learn_from.chunks})
+            lengths = {text.shape[1] for text in context.to_learn_from.chunks}
+            keeps = expect(parts, context, hands, self.name, *self.nbytes(parts, workers.count, max(lengths)))
+            student = self.student(program, parts, lengths)
             student.whole.keep(keeps)
             best, note = Distillation(self.course(), student, program, parts, context, workers).run()
         if best is None:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hikui.lowering.formats import KINDS, quantize_activation, unpack_codes, unpack_scale
+from hikui.lowering.formats import KINDS, Format, quantize_activation, unpack_codes, unpack_scale
 from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.block_training import Product
-from hikui.passes.gradients.coded_matrix import CodedMatrix
+from hikui.passes.gradients.coded_matrix import CodedGradient, CodedMatrix
 from hikui.passes.quantise.rounding import inverse, nearest
 
 _BEYOND = 0.5
@@ -89,8 +89,8 @@ class LatentMatrix:
 
     @property
     def is_coded(self) -> bool:
-        """Whether the product is one of integers: one scale a row, and a byte for each of x̂."""
-        return self._bits == 8 and self._group == self._width
+        """Whether the product is one of integers."""
+        return is_coded(self.format, self._columns, self._bits)
 
     def matrix(self, latent: Tensor, scale: Tensor) -> Tensor | CodedMatrix:
         """ŵ for some scales, float32 [n, groups]: float32 [n, k], or its codes."""
@@ -100,16 +100,18 @@ class LatentMatrix:
         return whole[:, : self._columns]
 
     def gradients(
-        self, latent: Tensor, scale: Tensor, of_matrix: Tensor, codes: Tensor | None = None
+        self, latent: Tensor, scale: Tensor, of_matrix: Tensor | CodedGradient, codes: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Those for the latents, straight through the rounding, and for the scales.
 
         Args:
             latent: float32 [n, padded k].
             scale: float32 [n, groups].
-            of_matrix: that for ŵ: float32 [n, k], which is used up.
+            of_matrix: that for ŵ: float32 [n, k], which is used up, or what it is the product of.
             codes: of the latents, where they are at hand.
         """
+        if isinstance(of_matrix, CodedGradient):
+            of_matrix = of_matrix.multiplied()
         of_scale = torch.empty_like(scale)
         of_latent = of_matrix if self._width == self._columns else torch.empty_like(latent)
         units = [_unit(kind) for kind, _ in self._parts]
@@ -142,6 +144,11 @@ class LatentMatrix:
             return F.linear(x, matrix, bias)
 
         return multiply
+
+
+def is_coded(fmt: Format, k: int, activation_bits: int) -> bool:
+    """Whether products with a matrix of k columns are of integers: one scale a row, and a byte for each of x̂."""
+    return activation_bits == 8 and fmt.group_size(k) == fmt.padded_k(k)
 
 
 def _unit(kind: str) -> float:

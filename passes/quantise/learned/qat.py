@@ -7,6 +7,7 @@ EfficientQAT, arXiv 2407.11062, whose first stage trains them block by block). T
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -19,10 +20,10 @@ from hikui.lowering.ir.packed import PackedLinear
 from hikui.lowering.ir.program import Program
 from hikui.passes.gradients.chain import Learned, Sections, Slopes
 from hikui.passes.gradients.coded_matrix import CodedMatrix
-from hikui.passes.quantise.learned.distillation import Course, Student
+from hikui.passes.quantise.learned.distillation import Course, Part, Student
 from hikui.passes.quantise.learned.distiller import Distiller, as_stored, head_nbytes, put_in_place
 from hikui.passes.quantise.learned.end_to_end import EndToEnd
-from hikui.passes.quantise.learned.latent_matrix import LatentMatrix
+from hikui.passes.quantise.learned.latent_matrix import LatentMatrix, is_coded
 
 _EVERY = 64
 """Steps after which what has been learned is kept for a later run: twelve bytes a weight."""
@@ -77,12 +78,19 @@ class Qat(Distiller):
         """Latent weights, factors of scales and of vectors."""
         return _Latents(self, program, parts, lengths)
 
-    def nbytes(self, parts: Sections, workers: int) -> tuple[int, int]:
+    def nbytes(self, parts: Sections, workers: int, tokens: int) -> tuple[int, int]:
         """Latents, their moments and gradients; the gradients of the texts in hand; the head."""
-        sites = [PackedLinear.of(site) for span in parts.blocks for site in span.sites]
-        weights = sum(packed.rows * packed.columns for packed in sites)
-        # Each text in hand has the gradients of all matrices, and so has their sum.
-        return weights * (_BYTES + 4 * (min(workers, self.batch) + 1)) + head_nbytes(parts), 0
+        total = head_nbytes(parts)
+        for packed in (PackedLinear.of(site) for span in parts.blocks for site in span.sites):
+            n, k = packed.rows, packed.columns
+            if is_coded(packed.format, k, self.activation_bits):
+                # Of each text what the gradient is the product of, until there are those of the whole batch.
+                gradients = self.batch * tokens * (4 * n + k)
+            else:
+                # Each text in hand has a gradient, and so has their sum.
+                gradients = 4 * n * k * (min(workers, self.batch) + 1)
+            total += n * k * _BYTES + gradients
+        return total, 0
 
     def store(self, work: Program, student: Student, learned: Learned) -> None:
         """Codes, scales and vectors."""
@@ -103,6 +111,7 @@ class _Latents(Student):
     def __init__(self, options: Qat, program: Program, parts: Sections, lengths: set[int]) -> None:
         packed = {site: PackedLinear.of(site) for span in parts.blocks for site in span.sites}
         self._matrices = {site: LatentMatrix(program, held, options.activation_bits) for site, held in packed.items()}
+        self._held = list(self._matrices.values())
         whole = EndToEnd(program, parts, lengths, {site: held.times for site, held in self._matrices.items()})
         super().__init__(program, whole, vectors=options.vectors)
         self.learn([held.latent for held in self._matrices.values()], options.lr)
@@ -126,23 +135,23 @@ class _Latents(Student):
 
         return dict(workers.map(one, self._pairs(values)))
 
-    def of_sites(self, values: Sequence[Tensor], now: Learned, found: Slopes, workers: Workers) -> list[Tensor]:
-        """Those for latents, straight through the rounding, and those for the factors."""
+    def of_sites(self, now: Learned, found: Slopes) -> list[Part]:
+        """Latents, straight through the rounding, and factors."""
 
-        def one(pair: tuple[fx.Node, LatentMatrix, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            site, held, latent, factor = pair
+        def one(site: fx.Node, held: LatentMatrix, latent: Tensor, factor: Tensor) -> list[Tensor]:
             made, scale = now.sites[site], as_stored(held.scale * factor)
             codes = made.codes if isinstance(made, CodedMatrix) else None
-            of_latent, of_scale = held.gradients(latent, scale, found.sites[site], codes)
-            return of_latent, of_scale * held.scale
+            of_latent, of_scale = held.gradients(latent, scale, found.sites.pop(site), codes)
+            return [of_latent, of_scale * held.scale]
 
-        pairs = list(workers.map(one, self._pairs(values)))
-        return [of_latent for of_latent, _ in pairs] + [of_factor for _, of_factor in pairs]
+        count = len(self._matrices)
+        pairs = enumerate(self._pairs(self.values))
+        return [Part(pair[0], (place, count + place), partial(one, *pair)) for place, pair in pairs]
 
-    def confine(self) -> None:
+    def confine(self, place: int) -> None:
         """A latent far beyond the last code would take long to come back."""
-        for held in self._matrices.values():
-            held.confine()
+        if place < len(self._matrices):
+            self._held[place].confine()
 
     def packed(self) -> Iterator[tuple[fx.Node, Packed]]:
         """The sites as they are now."""

@@ -21,6 +21,12 @@ def matrix(n: int, k: int) -> CodedMatrix:
     return CodedMatrix(codes, scale)
 
 
+def gradients(held: CodedMatrix, x: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    assert held.leaf is not None
+    of_x, _ = torch.autograd.grad(held.product(x, None), (x, held.leaf.stand_in), outer)
+    return of_x, held.leaf.gradient().multiplied()
+
+
 @pytest.mark.parametrize(("tokens", "k", "n"), SHAPES)
 def test_forwards_is_what_a_packed_site_computes(tokens: int, k: int, n: int) -> None:
     held, x, bias = matrix(n, k), random(2, tokens, k, seed=1), random(n, seed=2)
@@ -35,8 +41,7 @@ def test_gradients_are_within_a_rounding_of_the_exact_ones(tokens: int, k: int, 
     held, x = matrix(n, k).as_leaf(), random(1, tokens, k, seed=1).requires_grad_()
     # Tokens and rows of very different sizes, as gradients are.
     outer = random(1, tokens, n, seed=3) * torch.logspace(-3, 3, tokens).view(1, -1, 1)
-    assert held.stand_in is not None
-    of_x, of_matrix = torch.autograd.grad(held.product(x, None), (x, held.stand_in), outer)
+    of_x, of_matrix = gradients(held, x, outer)
     codes, scale, _ = quantize_activation(x.detach()[0])
     read, dense, flat = codes[:, :k].double() * scale.double().unsqueeze(1), held.dense().double(), outer[0].double()
 
@@ -51,12 +56,23 @@ def test_gradients_are_within_a_rounding_of_the_exact_ones(tokens: int, k: int, 
     assert bool(((of_matrix.double() - flat.t() @ read).abs() <= room + 1e-5 * (flat.abs().t() @ read.abs())).all())
 
 
+def test_texts_share_one_product() -> None:
+    """The rows of both are rounded with one scale, so the second's are those of a text of both."""
+    held, outer = matrix(16, 64).as_leaf(), random(1, 12, 16, seed=3)
+    x = random(1, 12, 64, seed=1)
+    # Each token is rounded by itself, so a text may be cut anywhere.
+    for part in (slice(0, 5), slice(5, 12)):
+        gradients(held, x[:, part].requires_grad_(), outer[:, part])
+    _, whole = gradients(matrix(16, 64).as_leaf(), x.requires_grad_(), outer)
+    assert held.leaf is not None and len(held.leaf.found) == 2
+    assert torch.equal(held.leaf.gradient().multiplied(), whole)
+
+
 def test_what_is_not_finite_stays_so() -> None:
     held, x = matrix(8, 32).as_leaf(), random(1, 4, 32, seed=1).requires_grad_()
     outer = random(1, 4, 8, seed=2)
     outer[0, 1, 3] = float("nan")
-    assert held.stand_in is not None
-    of_x, of_matrix = torch.autograd.grad(held.product(x, None), (x, held.stand_in), outer)
+    of_x, of_matrix = gradients(held, x, outer)
     assert bool(of_x[0, 1].isnan().all()) and bool(of_x[0, 0].isfinite().all())
     assert bool(of_matrix[3].isnan().all()) and bool(of_matrix[2].isfinite().all())
     with torch.no_grad():
